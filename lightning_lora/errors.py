@@ -1,0 +1,25 @@
+"""The errors that a user can cause. Each message says what is wrong, where, and what to do.
+
+Everything the library raises for a mistake of the caller's derives from `LightningLoRAError`, so that
+the command line can print the message alone and leave tracebacks to real defects.
+"""
+
+
+class LightningLoRAError(Exception):
+    """Base of every error that is explained by its message alone."""
+
+
+class ConfigError(LightningLoRAError, ValueError):
+    """A setting, or a combination of settings, that cannot be carried out."""
+
+
+class TargetError(LightningLoRAError, ValueError):
+    """Names or patterns that match no layer of the model, or a layer that cannot be adapted."""
+
+
+class CheckpointError(LightningLoRAError, RuntimeError):
+    """A checkpoint or adapter that is missing, unreadable, or belongs to something else."""
+
+
+class DataError(LightningLoRAError, ValueError):
+    """A data file that is missing, empty, or does not hold what the settings say."""

@@ -1,0 +1,1 @@
+"""Ready-made LightningModules and LightningDataModules, used by the configs and the command line."""

@@ -1,0 +1,278 @@
+"""`LoRACallback`: LoRA for any LightningModule, through the hooks of Lightning's life cycle."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from typing_extensions import override
+
+from lightning_lora.checks import check_best_checkpoint, check_optimizers, check_strategy
+from lightning_lora.checkpoints import explain_unreadable, require_metadata
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import ConfigError
+from lightning_lora.export import export_model
+from lightning_lora.freezing import cast_frozen, check_dtype, freeze
+from lightning_lora.injection import inject_lora, injection_of
+from lightning_lora.merging import merge_lora, unmerge_lora
+from lightning_lora.plan import Plan
+from lightning_lora.resume import ExactResume
+from lightning_lora.state import (
+    METADATA_KEY,
+    adapter_state_dict,
+    audit_metadata,
+    audit_state,
+    base_fingerprint,
+    checkpoint_metadata,
+    load_adapter_state_dict,
+)
+
+
+class LoRACallback(Callback):
+    """Adapt the LightningModule with LoRA: inject, train, checkpoint the adapter alone, resume, merge.
+
+    - Layers are adapted after the model has been built (in ``__init__``, ``setup`` or ``configure_model``) and
+      before the strategy wraps it; everything but the factors is frozen.
+    - Every checkpoint holds the trained state alone and says what it belongs to. Loading compares settings, targets
+      and base first, and refuses what does not fit.
+    - When a fit ends, the factors are merged into plain layers; before the next stage the exact base is restored.
+
+    Args:
+        r: See `LoRAConfig`, as for every argument up to ``init``.
+        alpha: Numerator of the scaling.
+        dropout: Probability of dropping an element of the adapter's input while training.
+        target_modules: ``"all-linear"``, ``"qv"``, ``"attention"``, a list of name suffixes, or a regex.
+        exclude_modules: Suffixes or a regex for layers that are left alone.
+        rank_pattern: Ranks of particular layers.
+        alpha_pattern: Alphas of particular layers.
+        bias: ``"none"``, ``"lora_only"`` or ``"all"``.
+        train_layer_norms: Train the LayerNorms and RMSNorms.
+        train_embeddings: Train the embedding tables.
+        modules_to_save: Modules that are trained whole; ``"auto"`` for the heads of Hugging Face task models.
+        use_rslora: Scale by ``alpha / sqrt(r)``.
+        use_dora: Not available yet.
+        init: ``"kaiming"`` or ``"gaussian"``.
+        merge_on_fit_end: Merge when a fit ends.
+        merge_from: Merge the ``"last"`` weights, or those of the ``"best"`` checkpoint.
+        export_dir: Folder for the merged model (``merged``) and the adapter in PEFT format (``adapter``), written
+            when a fit ends.
+        frozen_dtype: Keep the frozen matrices in ``"bf16"`` or ``"fp16"`` (for mixed precision), or as they are.
+        exact_resume: Also save and restore random states and the position in the data, so that a resumed run
+            continues bitwise where it was interrupted.
+        verbose: Print what was adapted.
+
+    Attributes:
+        plan: What was adapted, once the model is known.
+        exported: The folders that were exported, by what they hold.
+
+    Raises:
+        ConfigError: Invalid settings, at construction.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> options = dict(max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        >>> lora = LoRACallback(r=2, alpha=4, verbose=False)
+        >>> model = BoringModel()
+        >>> Trainer(**options, enable_model_summary=False, accelerator="cpu", callbacks=[lora]).fit(model)
+        >>> lora.plan.trainable_parameters  # BoringModel is one Linear(32, 2)
+        68
+    """
+
+    def __init__(
+        self,
+        r: int = 8,
+        alpha: float = 16,
+        dropout: float = 0.0,
+        target_modules: Union[str, list[str]] = "all-linear",
+        exclude_modules: Optional[Union[str, list[str]]] = None,
+        rank_pattern: Optional[dict[str, int]] = None,
+        alpha_pattern: Optional[dict[str, float]] = None,
+        bias: str = "none",
+        train_layer_norms: bool = False,
+        train_embeddings: bool = False,
+        modules_to_save: Optional[Union[str, list[str]]] = "auto",
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        init: str = "kaiming",
+        merge_on_fit_end: bool = True,
+        merge_from: str = "last",
+        export_dir: Optional[str] = None,
+        frozen_dtype: Optional[str] = None,
+        exact_resume: bool = True,
+        verbose: bool = True,
+    ) -> None:
+        super().__init__()
+        self.config = LoRAConfig(
+            r=r,
+            alpha=alpha,
+            dropout=dropout,
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+            rank_pattern=rank_pattern,
+            alpha_pattern=alpha_pattern,
+            bias=bias,
+            train_layer_norms=train_layer_norms,
+            train_embeddings=train_embeddings,
+            modules_to_save=modules_to_save,
+            use_rslora=use_rslora,
+            use_dora=use_dora,
+            init=init,
+        )
+        if merge_from not in ("last", "best"):
+            raise ConfigError(f"merge_from must be 'last' or 'best', got {merge_from!r}")
+        self.frozen_dtype = check_dtype(frozen_dtype)
+        self.merge_on_fit_end = merge_on_fit_end
+        self.merge_from = merge_from
+        self.export_dir = export_dir
+        self.verbose = verbose
+        self.plan: Plan | None = None
+        self.exported: dict[str, Path] = {}
+        self._resume = ExactResume() if exact_resume else None
+        self._trainer: Trainer | None = None
+        self._fitted = False
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        check_strategy(trainer)
+        self._trainer = trainer
+        if stage == "fit":
+            self._fitted = False
+        self._attach(trainer.strategy)
+        built_later = is_overridden("configure_model", pl_module) or is_overridden("setup", pl_module)
+        self._check_weight_averaging(trainer, built_later)
+        if not built_later:
+            self._prepare(pl_module)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self.plan is not None
+        # Sync-BatchNorm conversion and precision plugins replace modules or flags on the way here.
+        freeze(pl_module, self.plan)
+        check_optimizers(trainer, pl_module)
+        if self.merge_from == "best":
+            check_best_checkpoint(trainer)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._fitted = True
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # After an exception in a fit on_fit_end has not run, and the model is left as it was.
+        if not self._fitted or injection_of(pl_module) is None:
+            return
+        if stage == "fit" and self.merge_from == "best":
+            self._load_best(trainer, pl_module)
+        if self.merge_on_fit_end:
+            merge_lora(pl_module)
+        if stage == "fit" and self.export_dir is not None and trainer.is_global_zero:
+            self.exported = export_model(pl_module, Path(self.export_dir), trainer)
+        trainer.strategy.barrier("LoRACallback.teardown")
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if self._resume is None or self._trainer is None:
+            return {}
+        return {"resume": self._resume.state_dict(self._trainer)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._resume is not None and "resume" in state_dict:
+            self._resume.load_state_dict(state_dict["resume"])
+
+    def _prepare(self, model: LightningModule) -> None:
+        """Bring the model into the state that a stage starts from: adapted, unmerged, frozen."""
+        if injection_of(model) is None:
+            assert self._trainer is not None
+            seed = self._trainer.strategy.broadcast(int(torch.randint(2**62, (1,))))
+            self.plan = inject_lora(model, self.config, seed=seed)
+            # Now, while the base is in its own precision and nothing has been trained.
+            base_fingerprint(model)
+            if self.frozen_dtype is not None:
+                cast_frozen(model, self.frozen_dtype)
+            if self.verbose and self._trainer.is_global_zero:
+                import rich
+
+                rich.print(self.plan)
+        else:
+            self.plan = inject_lora(model, self.config)
+            unmerge_lora(model)
+            freeze(model, self.plan)
+
+    def _check_weight_averaging(self, trainer: Trainer, built_later: bool) -> None:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks[: callbacks.index(self)] if not built_later else callbacks:
+            if isinstance(callback, WeightAveraging):
+                raise ConfigError(
+                    f"{type(callback).__name__} copies the model in its setup, before LoRA is in place. Put LoRACallback "
+                    "before it in the Trainer's callbacks, and build the model in the LightningModule's __init__."
+                )
+
+    def _load_best(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        path = check_best_checkpoint(trainer).best_model_path
+        if not path:
+            raise ConfigError(
+                "merge_from='best': ModelCheckpoint has saved no best checkpoint in this fit, so nothing was merged. Let "
+                "validation run at least once, or use merge_from='last'."
+            )
+        checkpoint = trainer.strategy.load_checkpoint(path)
+        load_adapter_state_dict(pl_module, checkpoint["state_dict"], path)
+
+    def _attach(self, strategy: Strategy) -> None:
+        """Put this callback between the Trainer and its strategy's loading and saving.
+
+        Callback hooks do not fire on every path (weights-only saves, sharded saves, models built late); these
+        methods of the strategy do. The instance is wrapped, once; classes stay as they are.
+        """
+        attached = strategy.__dict__.get("_lightning_lora")
+        if attached is self:
+            return
+        if attached is not None:
+            raise ConfigError("The Trainer has two LoRACallbacks; give it one.")
+        wrapped: Any = strategy
+        wrapped._lightning_lora = self
+        wrapped.setup = partial(self._strategy_setup, strategy, strategy.setup)
+        wrapped.load_checkpoint = partial(self._load_checkpoint, strategy, strategy.load_checkpoint)
+        wrapped.load_model_state_dict = partial(self._load_model_state_dict, strategy)
+        wrapped.lightning_module_state_dict = partial(self._module_state_dict, strategy)
+        wrapped.save_checkpoint = partial(self._save_checkpoint, strategy, strategy.save_checkpoint)
+
+    def _strategy_setup(self, strategy: Strategy, original: Any, trainer: Trainer) -> None:
+        self._prepare(_module_of(strategy))
+        original(trainer)
+
+    def _load_checkpoint(self, strategy: Strategy, original: Any, checkpoint_path: Any, **kwargs: Any) -> Any:
+        model = _module_of(strategy)
+        self._prepare(model)
+        with explain_unreadable(checkpoint_path):
+            checkpoint = original(checkpoint_path, **kwargs)
+        source = str(checkpoint_path)
+        # Before any part of the checkpoint reaches the model, the loops or the optimizers.
+        audit_metadata(model, require_metadata(checkpoint, source), source)
+        audit_state(model, checkpoint["state_dict"], source)
+        return checkpoint
+
+    def _load_model_state_dict(self, strategy: Strategy, checkpoint: Any, strict: bool = True) -> None:
+        load_adapter_state_dict(_module_of(strategy), checkpoint["state_dict"], "the checkpoint")
+
+    def _module_state_dict(self, strategy: Strategy) -> dict[str, Any]:
+        return adapter_state_dict(_module_of(strategy))
+
+    def _save_checkpoint(
+        self, strategy: Strategy, original: Any, checkpoint: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        checkpoint[METADATA_KEY] = checkpoint_metadata(_module_of(strategy))
+        original(checkpoint, *args, **kwargs)
+
+
+def _module_of(strategy: Strategy) -> LightningModule:
+    module = strategy.lightning_module
+    assert module is not None
+    return module

@@ -1,0 +1,71 @@
+"""What a Trainer must and must not have for LoRA to be right under it."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.precision import BitsandbytesPrecision
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+
+from lightning_lora.errors import ConfigError
+
+
+def check_strategy(trainer: Trainer) -> None:
+    """Refuse strategies and precisions under which LoRA would be wrong.
+
+    Raises:
+        ConfigError: The strategy shards, quantizes or hands whole models between processes.
+    """
+    strategy = trainer.strategy
+    name = type(strategy).__name__
+    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise ConfigError(
+            f"{name} is not supported by LoRACallback in this version: use one device, or strategy='ddp'."
+        )
+    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+        raise ConfigError(
+            "Strategies that start their workers from a running process (ddp_spawn, ddp_fork, ddp_notebook) hand the "
+            "whole model back and forth, which loses the adapter. Use strategy='ddp' in a script."
+        )
+    if isinstance(strategy.precision_plugin, BitsandbytesPrecision):
+        raise ConfigError("BitsandbytesPrecision is not supported by LoRACallback in this version.")
+
+
+def check_optimizers(trainer: Trainer, model: LightningModule) -> None:
+    """Every trainable parameter must be in an optimizer; without it B stays zero and nothing complains.
+
+    Raises:
+        ConfigError: Names the parameters and the usual cause.
+    """
+    if not trainer.optimizers:
+        return
+    optimized = {id(p) for optimizer in trainer.optimizers for group in _groups(optimizer) for p in group["params"]}
+    left_out = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in optimized]
+    if left_out:
+        some = ", ".join(left_out[:3]) + (f", ... {len(left_out) - 3} more" if len(left_out) > 3 else "")
+        raise ConfigError(
+            f"{len(left_out)} trainable parameters are in no optimizer and would never change: {some}. Most likely the "
+            "optimizer was built before LoRA was injected (in __init__, or by a top-level 'optimizer:' of LightningCLI). "
+            "Build it in configure_optimizers from self.parameters()."
+        )
+
+
+def check_best_checkpoint(trainer: Trainer) -> ModelCheckpoint:
+    """The `ModelCheckpoint` that decides what is best.
+
+    Raises:
+        ConfigError: There is none, or it monitors nothing.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+            return callback
+    raise ConfigError(
+        "merge_from='best' needs a ModelCheckpoint that monitors a metric, for instance "
+        "ModelCheckpoint(monitor='val/loss', mode='min'). Add one, or use merge_from='last'."
+    )
+
+
+def _groups(optimizer: object) -> list[dict[str, list[torch.Tensor]]]:
+    return optimizer.param_groups  # type: ignore[attr-defined, no-any-return]

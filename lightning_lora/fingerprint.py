@@ -1,0 +1,72 @@
+"""A fingerprint of the frozen base: cheap, exact, and independent of precision."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+_ROW = 1024
+_CHUNK_ROWS = 2048
+_MODULUS = 2**64
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """A hash of values, shapes and order of tensors.
+
+    Every element counts, with a weight that depends on its position; values are first rounded to bfloat16, so
+    that a float32 base and its bfloat16 copy have the same fingerprint. Sums are exact, hence the same on every
+    device and in any order of summation.
+
+    Args:
+        tensors: Parameters of the base, in the order of the model.
+
+    Returns:
+        32 hexadecimal digits.
+
+    Example:
+        >>> W = torch.arange(6.0).reshape(2, 3)
+        >>> fingerprint([W]) == fingerprint([W.bfloat16()]), fingerprint([W]) == fingerprint([W + 1])
+        (True, False)
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        plain, weighted = position_sums(tensor)
+        digest.update(f"{tuple(tensor.shape)}:{plain}:{weighted};".encode())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def position_sums(tensor: Tensor, offset: int = 0) -> tuple[int, int]:
+    """The sum of a tensor's bfloat16 bit patterns, and the same weighted by position, modulo 2**64.
+
+    Both are additive over consecutive parts of a flattened tensor when each part is given its ``offset``.
+
+    Args:
+        tensor: Any tensor; integers count by their own values modulo 2**16.
+        offset: Position of its first element in the whole.
+    """
+    flat = tensor.detach().reshape(-1)
+    plain = weighted = 0
+    ramp = torch.arange(_ROW, dtype=torch.float64, device=flat.device)
+    for start in range(0, flat.numel(), _ROW * _CHUNK_ROWS):
+        bits = _bits(flat[start : start + _ROW * _CHUNK_ROWS])
+        if padding := -bits.numel() % _ROW:
+            bits = torch.nn.functional.pad(bits, (0, padding))
+        rows = bits.view(-1, _ROW)
+        # Sums over a row stay far below 2**53, so float64 holds them exactly.
+        row_sums = rows.sum(1).to(torch.int64)
+        in_rows = torch.mv(rows, ramp).to(torch.int64)
+        row_starts = torch.arange(rows.shape[0], device=flat.device) * _ROW
+        total = int(row_sums.sum())
+        plain += total
+        weighted += int((row_sums * row_starts).sum() + in_rows.sum()) + (offset + start + 1) * total
+    return plain % _MODULUS, weighted % _MODULUS
+
+
+def _bits(values: Tensor) -> Tensor:
+    if values.is_floating_point():
+        return values.to(torch.bfloat16).view(torch.uint16).to(torch.float64)
+    return (values.to(torch.int32) & 0xFFFF).to(torch.float64)

@@ -1,0 +1,89 @@
+"""What trains and what does not, after the factors are in place."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from lightning_lora.errors import ConfigError
+from lightning_lora.layers import LoRAFactors
+from lightning_lora.matching import inside
+from lightning_lora.names import clean_name
+from lightning_lora.plan import Plan
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def freeze(model: nn.Module, plan: Plan) -> None:
+    """Let the factors and the plan's base parameters train, and nothing else.
+
+    Frozen normalisation layers with running statistics (BatchNorm) stay in evaluation mode, whatever the mode of
+    the model, so that their statistics stay those of the base. Calling it again repairs what others changed.
+    """
+    trained = {parameter.name for parameter in plan.trained}
+    factors = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, LoRAFactors)
+        for parameter in module.parameters()
+    }
+    for name, parameter in model.named_parameters():
+        wanted = id(parameter) in factors or clean_name(name) in trained
+        if parameter.requires_grad != wanted:
+            parameter.requires_grad_(wanted)
+    for name, module in model.named_modules():
+        if isinstance(module, _NormBase) and module.track_running_stats:
+            trains = any(parameter.requires_grad for parameter in module.parameters())
+            if not trains and not inside(clean_name(name), plan.saved_modules):
+                _add_hook(module, _hold_in_evaluation)
+
+
+def release(model: nn.Module, requires_grad: Collection[str]) -> None:
+    """Undo `freeze`: exactly the named parameters require gradients again."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(clean_name(name) in requires_grad)
+    for module in model.modules():
+        if isinstance(module, _NormBase):
+            remove_hook(module, _hold_in_evaluation)
+
+
+def check_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype with this short name.
+
+    Raises:
+        ConfigError: An unknown name.
+    """
+    if name is None:
+        return None
+    if name not in DTYPES:
+        raise ConfigError(f"frozen_dtype must be null or one of {', '.join(map(repr, DTYPES))}, got {name!r}")
+    return DTYPES[name]
+
+
+def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the frozen matrices; vectors (norms, biases) and everything that trains keep their precision.
+
+    Under autocast this saves the cast of each frozen weight in every forward pass, and the copy kept for backward.
+    """
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.ndim >= 2 and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def _hold_in_evaluation(module: nn.Module, args: Any) -> None:
+    module.training = False
+
+
+def _add_hook(module: nn.Module, hook: Any) -> None:
+    if hook not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(hook)
+
+
+def remove_hook(module: nn.Module, hook: Any) -> None:
+    """Take a forward pre-hook away, found by the function itself, so that no handle has to be kept."""
+    for key in [key for key, value in module._forward_pre_hooks.items() if value is hook]:
+        del module._forward_pre_hooks[key]

@@ -1,0 +1,219 @@
+"""Carrying out a plan: layers are swapped in place and the rest frozen; and undoing it exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import ConfigError, TargetError
+from lightning_lora.freezing import freeze
+from lightning_lora.layers import LoRAFactors, LoRALayer, adapted_class
+from lightning_lora.plan import Plan
+from lightning_lora.targeting import make_plan
+
+ATTRIBUTE = "_lightning_lora"
+
+
+@dataclass
+class Injection:
+    """What was done to a model; kept on the model itself, so that it travels with copies and pickles.
+
+    Attributes:
+        config: The settings.
+        plan: The plan that was carried out.
+        requires_grad: Names of the base parameters that required gradients before.
+        buffers: Copies of the persistent buffers as they were, by name.
+        nested_tensors: Names of the `torch.nn.TransformerEncoder` modules whose nested-tensor path was on.
+        base_weights: While merged, the parameter and the exact base weight of each target; else empty.
+        merged: Whether the factors are merged into the weights.
+        fingerprint: The base's fingerprint, once it was computed.
+    """
+
+    config: LoRAConfig
+    plan: Plan
+    requires_grad: frozenset[str]
+    buffers: dict[str, Tensor]
+    nested_tensors: tuple[str, ...] = ()
+    base_weights: dict[str, tuple[nn.Parameter, Tensor]] = field(default_factory=dict)
+    merged: bool = False
+    fingerprint: str | None = None
+
+
+def inject_lora(
+    model: nn.Module, config: LoRAConfig | None = None, *, seed: int | None = None, **settings: Any
+) -> Plan:
+    """Adapt a model in place and freeze the rest.
+
+    Right after it the model's output is bitwise what it was (B is zero). Injecting the same settings again does
+    nothing.
+
+    Args:
+        model: Any module.
+        config: The settings; or give them as keywords (``r=8, target_modules=["fc1"]``).
+        seed: Seed of the factors' initial values; drawn from torch's global generator by default, and so
+            reproducible under `lightning.seed_everything`.
+        **settings: Fields of `LoRAConfig`.
+
+    Returns:
+        The plan that was carried out; it prints as a table.
+
+    Raises:
+        ConfigError: Invalid settings, or the model was adapted with other settings before.
+        TargetError: The settings do not fit the model.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> plan = inject_lora(model, r=2, alpha=4, target_modules=["0"])
+        >>> plan.trainable_parameters, [n for n, p in model.named_parameters() if p.requires_grad]
+        (16, ['0.lora.A', '0.lora.B'])
+    """
+    if config is not None and settings:
+        raise ConfigError("Give inject_lora either a LoRAConfig or keyword settings, not both.")
+    config = config if config is not None else LoRAConfig.from_dict(settings)
+    earlier = injection_of(model)
+    if earlier is not None:
+        if earlier.config != config:
+            raise ConfigError(
+                f"The model was adapted before with other settings ({_differences(earlier.config, config)}). Call "
+                "remove_lora(model) first."
+            )
+        return earlier.plan
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALayer) or ATTRIBUTE in module.__dict__:
+            raise ConfigError(
+                f"{name!r} inside the model was adapted before. Call remove_lora on the module that it was injected "
+                "into first, or let one place do the injection."
+            )
+    plan = make_plan(model, config)
+    _refuse_sharded(model, plan)
+    if seed is None:
+        seed = int(torch.randint(2**62, (1,)))
+    factors = _build_factors(model, plan, config, seed)
+    record = Injection(
+        config=config,
+        plan=plan,
+        requires_grad=frozenset(name for name, p in model.named_parameters() if p.requires_grad),
+        buffers={name: b.detach().clone() for name, b in persistent_buffers(model).items()},
+    )
+    for target in plan.targets:
+        module = model.get_submodule(target.name)
+        module.lora = factors[target.tied_to or target.name]
+        swap_class(module)
+    record.nested_tensors = _leave_fast_paths(model)
+    setattr(model, ATTRIBUTE, record)
+    freeze(model, plan)
+    return plan
+
+
+def injection_of(model: nn.Module) -> Injection | None:
+    """The record of what was injected into a model, or ``None``."""
+    record = model.__dict__.get(ATTRIBUTE)
+    return record if isinstance(record, Injection) else None
+
+
+def require_injection(model: nn.Module) -> Injection:
+    """The record of what was injected into a model.
+
+    Raises:
+        ConfigError: The model has no LoRA.
+    """
+    record = injection_of(model)
+    if record is None:
+        raise ConfigError(
+            f"{type(model).__name__} has no LoRA. Call inject_lora on this very module first (not on a part of it or "
+            "on a module around it)."
+        )
+    return record
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that a state dict holds, by name."""
+    return {
+        f"{name}.{key}" if name else key: buffer
+        for name, module in model.named_modules()
+        for key, buffer in module._buffers.items()
+        if buffer is not None and key not in module._non_persistent_buffers_set and not buffer.is_meta
+    }
+
+
+def swap_class(module: nn.Module) -> None:
+    """Make a layer run its factors."""
+    adapted = adapted_class(type(module))
+    if adapted is None:
+        raise TargetError(f"{type(module).__name__} is not a supported layer type.")
+    module.__class__ = adapted
+
+
+def restore_class(module: nn.Module) -> None:
+    """Make an adapted layer a plain layer of its original class; the factors stay where they are."""
+    if isinstance(module, LoRALayer):
+        module.__class__ = module.base_class
+
+
+def _build_factors(model: nn.Module, plan: Plan, config: LoRAConfig, seed: int) -> dict[str, LoRAFactors]:
+    factors = {}
+    for target in plan.targets:
+        if target.tied_to is not None:
+            continue
+        module = model.get_submodule(target.name)
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        factors[target.name] = LoRAFactors(
+            name=target.name,
+            A_shape=target.A_shape,
+            B_shape=target.B_shape,
+            r=target.r,
+            alpha=target.alpha,
+            scaling=target.scaling,
+            dropout=config.dropout,
+            init=config.init,
+            seed=seed,
+            device=weight.device,
+            dtype=weight.dtype,
+        ).train(module.training)
+    return factors
+
+
+def _refuse_sharded(model: nn.Module, plan: Plan) -> None:
+    if not torch.distributed.is_available():
+        return
+    from torch.distributed.tensor import DTensor
+
+    for target in plan.targets:
+        if isinstance(model.get_submodule(target.name).weight, DTensor):
+            raise ConfigError(
+                f"{target.name!r} is sharded already: LoRA must be injected before fully_shard, or gradients would be "
+                "wrong. Inject in configure_model before sharding."
+            )
+
+
+def _leave_fast_paths(model: nn.Module) -> tuple[str, ...]:
+    """Keep PyTorch's encoder layers from computing around the adapted layers in evaluation.
+
+    Their fast path reads weights instead of calling layers; a hook anywhere below it turns it off.
+    """
+    nested = []
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
+            continue
+        if not any(isinstance(child, LoRALayer) for child in module.modules()):
+            continue
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.register_forward_pre_hook(no_fast_path)
+        elif module.use_nested_tensor:
+            module.use_nested_tensor = False
+            nested.append(name)
+    return tuple(nested)
+
+
+def no_fast_path(module: nn.Module, args: Any) -> None:
+    """Does nothing: its presence is what counts."""
+
+
+def _differences(old: LoRAConfig, new: LoRAConfig) -> str:
+    before, after = old.to_dict(), new.to_dict()
+    return ", ".join(f"{key}: {before[key]!r} -> {after[key]!r}" for key in before if before[key] != after[key])

@@ -1,0 +1,143 @@
+"""Adapters on disk: PEFT-format folders are written and read, Lightning checkpoints are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lightning_lora.checkpoints import read_checkpoint
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import CheckpointError
+from lightning_lora.files import replacing_directory
+from lightning_lora.injection import inject_lora, injection_of
+from lightning_lora.merging import merge_lora, unmerge_lora
+from lightning_lora.peft_format import from_peft_config, from_peft_tensors, to_peft_config, to_peft_tensors
+from lightning_lora.plan import Plan
+from lightning_lora.removal import remove_lora
+from lightning_lora.state import METADATA_KEY, audit_metadata, load_adapter_state_dict
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+
+
+def save_adapter(model: nn.Module, directory: str | Path, part: str = "") -> Path:
+    """Write the adapter as a folder that ``peft.PeftModel.from_pretrained`` loads.
+
+    Args:
+        model: The module that LoRA was injected into, merged or not.
+        directory: The folder; replaced as a whole once the new one is complete.
+        part: Path of the submodule that the adapter is meant for, for instance the Hugging Face model inside a
+            LightningModule.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: The model has no LoRA.
+        CheckpointError: The adapter holds what PEFT cannot express.
+    """
+    prefix = f"{part}." if part else ""
+    tensors, config = to_peft_tensors(model, prefix), to_peft_config(model, prefix)
+    with replacing_directory(directory) as fresh:
+        save_file(tensors, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
+        (fresh / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    return Path(directory)
+
+
+def load_adapter(model: nn.Module, path: str | Path, strict_base: bool = True) -> Plan:
+    """Load an adapter into a model, injecting LoRA with the adapter's own settings where the model has none.
+
+    Args:
+        model: The bare model, or one that was adapted with the same settings. A checkpoint of a LightningModule may
+            be loaded into the model inside it.
+        path: A Lightning checkpoint (``.ckpt``) of `LoRACallback`, or a folder in PEFT format.
+        strict_base: Refuse a checkpoint whose base has another fingerprint. PEFT folders record none.
+
+    Returns:
+        The plan of the adapted model.
+
+    Raises:
+        CheckpointError: The adapter is missing, damaged, or does not fit; the model is as it was before.
+    """
+    config, state, metadata = _read(Path(path), model)
+    fresh = injection_of(model) is None
+    plan = inject_lora(model, config)
+    try:
+        unmerge_lora(model)
+        if metadata is not None and strict_base:
+            audit_metadata(model, metadata, str(path))
+        load_adapter_state_dict(model, state, str(path))
+    except CheckpointError:
+        if fresh:
+            remove_lora(model)
+        raise
+    return plan
+
+
+def swap_adapter(model: nn.Module, path: str | Path) -> Plan:
+    """Put another adapter in the place of the present one; a merged model is merged again, from its exact base.
+
+    Args:
+        model: The module that LoRA was injected into.
+        path: As for `load_adapter`; the new adapter may have other settings.
+
+    Returns:
+        The plan of the new adapter.
+
+    Raises:
+        ConfigError: The model has no LoRA.
+        CheckpointError: The new adapter is missing, damaged, or does not fit.
+    """
+    config, _, _ = _read(Path(path), model)
+    record = injection_of(model)
+    merged = record is not None and record.merged
+    if record is not None and record.config != config:
+        remove_lora(model)
+    plan = load_adapter(model, path)
+    if merged:
+        merge_lora(model)
+    return plan
+
+
+def _read(path: Path, model: nn.Module) -> tuple[LoRAConfig, dict[str, Tensor], Mapping[str, Any] | None]:
+    if path.is_dir():
+        return _read_peft(path)
+    checkpoint = read_checkpoint(path)
+    metadata = checkpoint[METADATA_KEY]
+    prefix = _common_prefix(list(metadata["targets"]), model, path)
+    state = {name.removeprefix(prefix): tensor for name, tensor in checkpoint["state_dict"].items()}
+    targets = {name.removeprefix(prefix): target for name, target in metadata["targets"].items()}
+    return LoRAConfig.from_dict(metadata["config"]), state, {**metadata, "targets": targets}
+
+
+def _read_peft(path: Path) -> tuple[LoRAConfig, dict[str, Tensor], None]:
+    try:
+        config = json.loads((path / CONFIG_FILE).read_text())
+        tensors = load_file(path / WEIGHTS_FILE)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path} is no adapter folder: it needs {CONFIG_FILE} and {WEIGHTS_FILE}, and lacks one of them."
+        ) from error
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise CheckpointError(f"{path} could not be read: it is damaged ({error}).") from error
+    return from_peft_config(config, str(path)), from_peft_tensors(tensors), None
+
+
+def _common_prefix(targets: list[str], model: nn.Module, path: Path) -> str:
+    """What the names of a checkpoint have in front of the model's own, for a model out of a LightningModule."""
+    modules = {name for name, _ in model.named_modules()}
+    parts = targets[0].split(".")
+    for depth in range(len(parts)):
+        prefix = "".join(f"{part}." for part in parts[:depth])
+        if all(name.startswith(prefix) and name.removeprefix(prefix) in modules for name in targets):
+            return prefix
+    raise CheckpointError(
+        f"{path} adapts layers that {type(model).__name__} does not have, for instance {targets[0]!r}. Load it into the "
+        "model that it was trained on."
+    )

@@ -1,0 +1,101 @@
+"""The trainable factors of one adapted layer."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class LoRAFactors(nn.Module):
+    """Factors A and B of a low-rank update ``s * B @ A``, held as the child ``lora`` of an adapted layer.
+
+    The factors are master copies in at least float32: casting the model to half precision leaves them
+    alone, and the adapted layer casts them to the dtype of its computation.
+
+    Args:
+        name: Full name of the adapted layer; together with ``seed`` it fixes the initial value, so that every
+            rank, whatever its shard, draws the same factors without communication.
+        A_shape: Shape of A; ``(r, in)`` for a linear layer.
+        B_shape: Shape of B; ``(out, r)`` for a linear layer.
+        r: Rank.
+        alpha: Numerator of the scaling.
+        scaling: The factor s in front of the update.
+        dropout: Probability of dropping an element of the adapter's input while training.
+        init: ``"kaiming"`` or ``"gaussian"``.
+        seed: Seed of the initialisation.
+        device: Device of the factors.
+        dtype: Dtype of the adapted weight; the factors take it if it is wider than float32.
+
+    Attributes:
+        A: Parameter of shape ``A_shape``.
+        B: Parameter of shape ``B_shape``, zero at first.
+        hidden: While true (the factors are merged into the weight), state dicts leave the factors out.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        A_shape: Sequence[int],
+        B_shape: Sequence[int],
+        r: int,
+        alpha: float,
+        scaling: float,
+        dropout: float,
+        init: str,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        master = torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else torch.float32
+        self.name, self.init, self.seed = name, init, seed
+        self.r, self.alpha, self.scaling, self.dropout = r, alpha, scaling, dropout
+        self.hidden = False
+        self.A = nn.Parameter(torch.empty(*A_shape, device=device, dtype=master))
+        self.B = nn.Parameter(torch.empty(*B_shape, device=device, dtype=master))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw A anew (the same values each time) and set B to zero; a no-op on the meta device.
+
+        ``"kaiming"`` is PEFT's and loralib's uniform distribution with bound ``1 / sqrt(fan_in)``;
+        ``"gaussian"`` is normal with standard deviation ``1 / r``.
+        """
+        if self.A.is_meta:
+            return
+        digest = hashlib.blake2b(f"{self.seed}:{self.name}".encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+        A = torch.empty(self.A.shape, dtype=self.A.dtype)
+        if self.init == "gaussian":
+            A.normal_(std=1 / self.r, generator=generator)
+        else:
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
+        with torch.no_grad():
+            self.A.copy_(A)
+            self.B.zero_()
+
+    def extra_repr(self) -> str:
+        """Rank, alpha and dropout, for `print`."""
+        return f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}"
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if not self.hidden:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if not self.hidden:
+            super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        wide = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        super()._apply(fn, recurse)
+        for name, parameter in self.named_parameters():
+            if parameter.dtype.itemsize < 4 and parameter.is_floating_point():
+                # .half(), .to(bfloat16) and Lightning's "bf16-true" would round the masters away.
+                parameter.data = wide[name].to(parameter.device)
+        return self

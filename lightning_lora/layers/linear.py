@@ -1,0 +1,40 @@
+"""LoRA on `torch.nn.Linear`."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lightning_lora.functional import delta_weight, lora_linear
+from lightning_lora.layers.base import LoRALayer, register_layer
+
+
+@register_layer
+class LoRALinear(LoRALayer, nn.Linear):
+    """``y = x W^T + b + s * D(x) A^T B^T`` (arXiv:2106.09685, equation 3).
+
+    Made by swapping the class of an `torch.nn.Linear` in place (`lightning_lora.inject_lora`), never by a
+    constructor. The input has shape ``(..., in_features)``, the output ``(..., out_features)``.
+
+    Attributes:
+        weight: The base weight W, shape ``(out_features, in_features)``, usually frozen.
+        bias: The base bias b, shape ``(out_features,)``, or ``None``.
+        lora: The factors A ``(r, in_features)`` and B ``(out_features, r)``.
+    """
+
+    base_class = nn.Linear
+
+    @classmethod
+    def factor_shapes(cls, module: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """``(r, in_features)`` and ``(out_features, r)``."""
+        assert isinstance(module, nn.Linear)
+        return (r, module.in_features), (module.out_features, r)
+
+    def delta_weight(self) -> Tensor:
+        """``s * B @ A``, shape ``(out_features, in_features)``."""
+        return delta_weight(self.lora.A, self.lora.B, self.lora.scaling)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map ``(..., in_features)`` to ``(..., out_features)``."""
+        lora = self.lora
+        dropout = lora.dropout if self.training else 0.0
+        return lora_linear(input, self.weight, self.bias, lora.A, lora.B, lora.scaling, dropout)

@@ -1,0 +1,140 @@
+"""The PEFT adapter format: names and settings, translated both ways. No file is touched here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import CheckpointError
+from lightning_lora.injection import require_injection
+from lightning_lora.matching import suffix_matches
+from lightning_lora.state import adapter_state_dict
+
+_PREFIX = "base_model.model."
+# Settings of PEFT that change the mathematics and have no counterpart here.
+_UNSUPPORTED = (
+    "use_dora",
+    "layers_to_transform",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "lora_bias",
+    "alora_invocation_tokens",
+)
+_TASK_TYPES = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+}
+
+
+def to_peft_tensors(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """The adapter's state under PEFT's names, contiguous and on the CPU.
+
+    Args:
+        model: The module that LoRA was injected into.
+        prefix: Path of the part that PEFT will know as the model, with a trailing dot (``"model."``).
+
+    Raises:
+        CheckpointError: Part of the state lies outside that part, or is nothing that PEFT stores.
+    """
+    plan = require_injection(model).plan
+    adapted = {target.name for target in plan.targets}
+    tied = [target.name for target in plan.targets if target.tied_to is not None]
+    if tied:
+        raise CheckpointError(
+            f"PEFT cannot express factors that tied layers share ({tied[0]}). Leave one of them out with exclude_modules."
+        )
+    tensors = {}
+    for name, tensor in adapter_state_dict(model).items():
+        if not name.startswith(prefix):
+            raise CheckpointError(f"{name} is trained but lies outside {prefix.rstrip('.')!r}, which is exported.")
+        owner, _, leaf = name.rpartition(".")
+        if owner.endswith(".lora") and owner.removesuffix(".lora") in adapted:
+            key = f"{owner.removesuffix('.lora')}.lora_{leaf}.weight"
+        elif owner in adapted:
+            key = f"{owner}.base_layer.{leaf}"
+        else:
+            key = name
+        tensors[_PREFIX + key.removeprefix(prefix)] = tensor.cpu().contiguous()
+    return tensors
+
+
+def to_peft_config(model: nn.Module, prefix: str = "") -> dict[str, Any]:
+    """The ``adapter_config.json`` of the adapter; arguments as for `to_peft_tensors`."""
+    record = require_injection(model)
+    config, plan = record.config, record.plan
+    part = model.get_submodule(prefix.rstrip("."))
+    names = [target.name.removeprefix(prefix) for target in plan.targets]
+    whole = [name.removeprefix(prefix) for name in plan.saved_modules]
+    for parameter in plan.trained:
+        owner = parameter.name.rpartition(".")[0].removeprefix(prefix)
+        if parameter.reason in ("norm", "embedding") and owner not in whole:
+            whole.append(owner)
+    return {
+        "peft_type": "LORA",
+        "task_type": next((t for s, t in _TASK_TYPES.items() if type(part).__name__.endswith(s)), None),
+        "base_model_name_or_path": getattr(getattr(part, "config", None), "_name_or_path", None) or None,
+        "inference_mode": True,
+        "r": config.r,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": _short_names(part, names),
+        "rank_pattern": {t.name.removeprefix(prefix): t.r for t in plan.targets if t.r != config.r},
+        "alpha_pattern": {t.name.removeprefix(prefix): t.alpha for t in plan.targets if t.alpha != config.alpha},
+        "bias": config.bias,
+        "use_rslora": config.use_rslora,
+        "use_dora": False,
+        "modules_to_save": whole or None,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+    }
+
+
+def from_peft_config(values: Mapping[str, Any], source: str) -> LoRAConfig:
+    """The settings that an ``adapter_config.json`` of PEFT means here.
+
+    Raises:
+        CheckpointError: The adapter is of another kind, or uses what is not supported, with the reason.
+    """
+    if values.get("peft_type") != "LORA":
+        raise CheckpointError(f"{source} is a {values.get('peft_type')} adapter of PEFT; only LORA can be loaded.")
+    used = [name for name in _UNSUPPORTED if values.get(name)]
+    if used:
+        raise CheckpointError(f"{source} uses {', '.join(used)} of PEFT, which is not supported.")
+    targets = values["target_modules"]
+    return LoRAConfig(
+        r=values["r"],
+        alpha=values["lora_alpha"],
+        dropout=values.get("lora_dropout", 0.0),
+        target_modules=targets if isinstance(targets, str) else sorted(targets),
+        exclude_modules=values.get("exclude_modules") or None,
+        rank_pattern=values.get("rank_pattern") or None,
+        alpha_pattern=values.get("alpha_pattern") or None,
+        bias=values.get("bias", "none"),
+        modules_to_save=list(values.get("modules_to_save") or []),
+        use_rslora=values.get("use_rslora", False),
+    )
+
+
+def from_peft_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's state under this project's names."""
+    state = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(_PREFIX)
+        for factor in ("A", "B"):
+            name = name.replace(f".lora_{factor}.weight", f".lora.{factor}")
+        state[name.replace(".base_layer.", ".")] = tensor
+    return state
+
+
+def _short_names(model: nn.Module, names: list[str]) -> list[str]:
+    """The last components of the names if PEFT would match exactly those layers with them, else the full names."""
+    suffixes = sorted({name.rsplit(".", 1)[-1] for name in names})
+    matched = {name for name, _ in model.named_modules() if any(suffix_matches(s, name) for s in suffixes)}
+    return suffixes if matched == set(names) else sorted(names)

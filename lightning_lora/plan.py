@@ -1,0 +1,149 @@
+"""The plan: what an injection will adapt, train and freeze. A value; making one changes nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Target:
+    """One layer to adapt.
+
+    Attributes:
+        name: Full module name.
+        kind: Type of the layer.
+        r: Rank.
+        alpha: Numerator of the scaling.
+        scaling: The factor s in front of ``B @ A``.
+        A_shape: Shape of A.
+        B_shape: Shape of B.
+        tied_to: Name of an earlier target with the same weight, whose factors this layer shares.
+    """
+
+    name: str
+    kind: str
+    r: int
+    alpha: float
+    scaling: float
+    A_shape: tuple[int, ...]
+    B_shape: tuple[int, ...]
+    tied_to: str | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters in the factors; 0 for a layer that shares those of another."""
+        if self.tied_to is not None:
+            return 0
+        return _product(self.A_shape) + _product(self.B_shape)
+
+
+@dataclass(frozen=True)
+class TrainedParameter:
+    """A base parameter that trains in place, and why: ``"bias"``, ``"norm"``, ``"embedding"`` or ``"whole"``."""
+
+    name: str
+    numel: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything an injection will do.
+
+    Attributes:
+        targets: The layers to adapt.
+        trained: The base parameters that train in place.
+        saved_modules: Names of the modules that train whole.
+        matches: How many layers each pattern of the settings matched, as ``(setting, pattern, count)``.
+        skipped: Layers that a preset leaves out, as ``(name, reason)``.
+        base_parameters: Number of parameters before injection.
+    """
+
+    targets: tuple[Target, ...]
+    trained: tuple[TrainedParameter, ...]
+    saved_modules: tuple[str, ...]
+    matches: tuple[tuple[str, str, int], ...]
+    skipped: tuple[tuple[str, str], ...]
+    base_parameters: int
+
+    @property
+    def lora_parameters(self) -> int:
+        """Number of parameters in all factors."""
+        return sum(target.parameters for target in self.targets)
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Number of parameters that train: factors, biases, norms, embeddings and whole modules."""
+        return self.lora_parameters + sum(self.counts().values())
+
+    @property
+    def total_parameters(self) -> int:
+        """Number of parameters after injection."""
+        return self.base_parameters + self.lora_parameters
+
+    def counts(self) -> dict[str, int]:
+        """Trained base parameters by reason."""
+        counts = {"bias": 0, "norm": 0, "embedding": 0, "whole": 0}
+        for parameter in self.trained:
+            counts[parameter.reason] += parameter.numel
+        return counts
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+
+        table = Table(title="LoRA", title_justify="left", show_header=False, pad_edge=False)
+        table.add_column(no_wrap=True)
+        table.add_column(justify="right", no_wrap=True)
+        table.add_column(overflow="fold")
+        for setting, pattern, count in self.matches:
+            table.add_row(f"{setting} {pattern}", f"{count:,}", "modules matched")
+        table.add_section()
+        for (kind, r, alpha), count in _grouped(self.targets).items():
+            table.add_row(f"{kind}, r={r}, alpha={alpha:g}", f"{count:,}", "layers adapted")
+        for reason, count in Counter(reason for _, reason in self.skipped).items():
+            names = [name for name, why in self.skipped if why == reason]
+            table.add_row("left alone", f"{count:,}", f"{reason} ({_some(names)})")
+        table.add_section()
+        labels = {
+            "bias": "biases",
+            "norm": "norms",
+            "embedding": "embeddings",
+            "whole": f"trained whole ({_some(list(self.saved_modules))})",
+        }
+        table.add_row("parameters", f"{self.lora_parameters:,}", "LoRA factors")
+        for reason, count in self.counts().items():
+            if count:
+                table.add_row("", f"{count:,}", labels[reason])
+        share = 100 * self.trainable_parameters / max(self.total_parameters, 1)
+        table.add_row("trainable", f"{self.trainable_parameters:,}", f"{share:.3g} % of all")
+        table.add_row("total", f"{self.total_parameters:,}", "")
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=100, color_system=None)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+def _grouped(targets: tuple[Target, ...]) -> Counter[tuple[str, int, float]]:
+    return Counter((target.kind, target.r, target.alpha) for target in targets)
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    more = f", ... {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product

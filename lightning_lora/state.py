@@ -1,0 +1,218 @@
+"""The adapter's state: what a checkpoint holds, and the audit that stands before every load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.errors import CheckpointError, ConfigError
+from lightning_lora.fingerprint import fingerprint
+from lightning_lora.injection import Injection, persistent_buffers, require_injection
+from lightning_lora.names import clean_name
+
+FORMAT_VERSION = 1
+METADATA_KEY = "lightning_lora"
+# Settings that shape the state; the others (dropout, init) may change between save and load.
+_SHAPING = ("bias", "train_layer_norms", "train_embeddings")
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The trained state and nothing else: factors, trained base parameters, and the buffers that go with them.
+
+    Buffers count if their module trains (a BatchNorm in ``modules_to_save``) or if they changed since the
+    injection. A merged model gives the same state as before the merge.
+
+    Args:
+        model: The module that LoRA was injected into.
+
+    Returns:
+        Detached tensors by name, sharing memory with the model.
+
+    Raises:
+        ConfigError: The model has no LoRA.
+    """
+    record = require_injection(model)
+    state = {name: parameter.detach() for name, parameter in _trained(model, record).items()}
+    required = _required_buffers(model, record)
+    for name, buffer in _buffers(model).items():
+        before = record.buffers.get(name)
+        if name in required or before is None or not torch.equal(before, buffer.to(before.device)):
+            state[name] = buffer.detach()
+    return state
+
+
+def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], source: str = "the adapter") -> None:
+    """Load what `adapter_state_dict` gave, all of it or nothing.
+
+    Args:
+        model: The module that LoRA was injected into, with the same settings.
+        state: Tensors by name.
+        source: What to call the state in errors, for instance its path.
+
+    Raises:
+        CheckpointError: A missing, unexpected or wrongly shaped key. Nothing has been loaded then.
+        ConfigError: The model has no LoRA, or is merged.
+    """
+    record = require_injection(model)
+    if record.merged:
+        raise ConfigError("The model is merged. Call unmerge_lora(model) before loading, or use swap_adapter.")
+    audit_state(model, state, source)
+    buffers = _buffers(model)
+    with torch.no_grad():
+        for name, tensor in {**_trained(model, record), **buffers}.items():
+            if name in state:
+                tensor.copy_(state[name])
+            elif name in record.buffers:
+                tensor.copy_(record.buffers[name])
+
+
+def audit_state(model: nn.Module, state: Mapping[str, Tensor], source: str = "the adapter") -> None:
+    """Compare the keys and shapes of a state with what the model would save.
+
+    Raises:
+        CheckpointError: What is missing, unexpected or of another shape, and what to do about it.
+    """
+    record = require_injection(model)
+    expected = dict(_trained(model, record))
+    buffers = _buffers(model)
+    expected.update({name: buffers[name] for name in _required_buffers(model, record)})
+    missing = [name for name in expected if name not in state]
+    unexpected = [name for name in state if name not in expected and name not in buffers]
+    known = {**buffers, **expected}
+    misshapen = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in known.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if not (missing or unexpected or misshapen):
+        return
+    if not any(".lora." in name for name in state):
+        raise CheckpointError(
+            f"{source} holds {len(state)} tensors and no LoRA factors: it is a full-model checkpoint, not an adapter. "
+            "Load it into the model before LoRA is injected (for instance in the LightningModule's __init__), and "
+            "give ckpt_path an adapter checkpoint."
+        )
+    lines = [
+        f"\n  {label}: {_listed(names)}"
+        for label, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshapen))
+        if names
+    ]
+    raise CheckpointError(
+        f"{source} does not fit the model; nothing was loaded.{''.join(lines)}\n  Use the LoRA settings and the model "
+        "that it was saved with."
+    )
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """The fingerprint of the frozen base, computed once and kept.
+
+    Trained parameters are left out: they differ between a fresh model and a trained one. So are names, which
+    differ between a model and the LightningModule around it.
+    """
+    record = require_injection(model)
+    if record.fingerprint is None:
+        trained = {id(parameter) for parameter in _trained(model, record).values()}
+        originals = {id(parameter): before for parameter, before in record.base_weights.values()}
+        frozen = (p for p in model.parameters() if id(p) not in trained)
+        record.fingerprint = fingerprint(originals.get(id(p), p) for p in frozen)
+    return record.fingerprint
+
+
+def checkpoint_metadata(model: nn.Module) -> dict[str, Any]:
+    """What a checkpoint says about its adapter, in primitives: format version, settings, targets and base."""
+    record = require_injection(model)
+    return {
+        "version": FORMAT_VERSION,
+        "config": record.config.to_dict(),
+        "targets": {t.name: {"r": t.r, "alpha": t.alpha, "scaling": t.scaling} for t in record.plan.targets},
+        "base": {
+            "fingerprint": base_fingerprint(model),
+            "name_or_path": _name_or_path(model),
+            "parameters": record.plan.base_parameters,
+        },
+    }
+
+
+def audit_metadata(model: nn.Module, metadata: Mapping[str, Any], source: str = "the adapter") -> None:
+    """Compare a checkpoint's settings, targets and base with the model's.
+
+    Raises:
+        CheckpointError: What differs, and what to do about it.
+    """
+    here = checkpoint_metadata(model)
+    if int(metadata.get("version", 0)) > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{source} was written in format {metadata['version']} by a newer lightning-lora; this version reads up to "
+            f"{FORMAT_VERSION}. Upgrade lightning-lora."
+        )
+    differences = list(_config_differences(metadata, here))
+    if differences:
+        raise CheckpointError(
+            f"{source} was trained with other LoRA settings; nothing was loaded.\n  "
+            + "\n  ".join(differences)
+            + "\n  Set them as they were in the checkpoint, or start a new run without it."
+        )
+    theirs, ours = metadata["base"], here["base"]
+    if theirs["fingerprint"] != ours["fingerprint"]:
+        raise CheckpointError(
+            f"{source} was trained on another base model; nothing was loaded.\n  checkpoint: {_base(theirs)}\n  model: "
+            f"     {_base(ours)}\n  Give the model the base weights that the adapter was trained on."
+        )
+
+
+def _config_differences(metadata: Mapping[str, Any], here: Mapping[str, Any]) -> Iterable[str]:
+    theirs, ours = metadata["targets"], here["targets"]
+    for key in ("r", "alpha", "scaling"):
+        pairs = {(theirs[n][key], ours[n][key]) for n in theirs if n in ours and theirs[n][key] != ours[n][key]}
+        for old, new in sorted(pairs):
+            yield f"{key}: {old} in the checkpoint, {new} now"
+    only_theirs = [name for name in theirs if name not in ours]
+    only_ours = [name for name in ours if name not in theirs]
+    if only_theirs:
+        yield f"target_modules: adapted in the checkpoint alone: {_listed(only_theirs)}"
+    if only_ours:
+        yield f"target_modules: adapted here alone: {_listed(only_ours)}"
+    for key in _SHAPING:
+        old, new = metadata["config"].get(key), here["config"][key]
+        if old != new:
+            yield f"{key}: {old!r} in the checkpoint, {new!r} now"
+
+
+def _trained(model: nn.Module, record: Injection) -> dict[str, nn.Parameter]:
+    names = {parameter.name for parameter in record.plan.trained}
+    for target in record.plan.targets:
+        if target.tied_to is None:
+            names.update((f"{target.name}.lora.A", f"{target.name}.lora.B"))
+    cleaned = ((clean_name(name), parameter) for name, parameter in model.named_parameters())
+    return {name: parameter for name, parameter in cleaned if name in names}
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    return {clean_name(name): buffer for name, buffer in persistent_buffers(model).items()}
+
+
+def _required_buffers(model: nn.Module, record: Injection) -> set[str]:
+    owners = {name.rpartition(".")[0] for name in (p.name for p in record.plan.trained)}
+    return {name for name in _buffers(model) if name.rpartition(".")[0] in owners}
+
+
+def _name_or_path(model: nn.Module) -> str:
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        name = getattr(config, "_name_or_path", None) or getattr(config, "name_or_path", None)
+        if isinstance(name, str) and name:
+            return name
+    return type(model).__name__
+
+
+def _base(base: Mapping[str, Any]) -> str:
+    fingerprint = str(base["fingerprint"])
+    return f"{base['name_or_path']} ({base['parameters']:,} parameters, fingerprint {fingerprint[:12]})"
+
+
+def _listed(names: list[str], limit: int = 5) -> str:
+    more = f", ... {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

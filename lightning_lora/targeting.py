@@ -1,0 +1,257 @@
+"""From settings and a model to a `Plan`. Nothing is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import TargetError
+from lightning_lora.heads import output_heads, task_heads
+from lightning_lora.layers import LoRAFactors, LoRALayer, adapted_class, supported_layers
+from lightning_lora.matching import (
+    in_attention,
+    inside,
+    is_fused,
+    is_query_or_value,
+    key_matches,
+    pattern_matches,
+    suffix_matches,
+    suggest,
+)
+from lightning_lora.plan import Plan, Target, TrainedParameter
+
+_NORM_TYPES = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+
+
+def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
+    """Decide which layers are adapted, with which ranks, and which base parameters train.
+
+    Args:
+        model: Any module that has no LoRA yet.
+        config: The settings.
+
+    Raises:
+        TargetError: A pattern matched nothing (with the nearest names), or a layer that cannot be adapted.
+    """
+    modules = dict(model.named_modules())
+    saved = _saved_modules(modules, config)
+    names, matches, skipped = _target_names(modules, config, saved)
+    targets = tuple(_targets(modules, names, config))
+    matches += _key_counts("rank_pattern", config.rank_pattern, names)
+    matches += _key_counts("alpha_pattern", config.alpha_pattern, names)
+    return Plan(
+        targets=targets,
+        trained=tuple(_trained_parameters(model, modules, config, saved, set(names))),
+        saved_modules=saved,
+        matches=tuple(matches),
+        skipped=tuple(skipped),
+        base_parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def _target_names(
+    modules: dict[str, nn.Module], config: LoRAConfig, saved: tuple[str, ...]
+) -> tuple[list[str], list[tuple[str, str, int]], list[tuple[str, str]]]:
+    obstacles = {name: _obstacle(name, module, modules) for name, module in modules.items()}
+    adaptable = [name for name, why in obstacles.items() if why is None]
+    matches: list[tuple[str, str, int]] = []
+    skipped: list[tuple[str, str]] = []
+    wanted = config.target_modules
+    if wanted in ("all-linear", "qv", "attention"):
+        heads = output_heads(modules)
+        chosen = [name for name in adaptable if _in_preset(str(wanted), name) and not inside(name, heads)]
+        skipped += [(name, why) for name, why in obstacles.items() if why and why.startswith("projects")]
+        if wanted == "qv":
+            _refuse_fused(modules)
+        if not chosen:
+            raise TargetError(
+                f"target_modules={wanted!r} matched no layer. {suggest('query', adaptable)} "
+                f"Name the layers to adapt, for instance target_modules=['fc1', 'fc2']. "
+                f"Supported layer types: {', '.join(supported_layers())}."
+            )
+        matches.append(("target_modules", str(wanted), len(chosen)))
+    else:
+        chosen = _explicit(modules, config, obstacles, adaptable, matches)
+    if config.exclude_modules is not None:
+        chosen = _without_excluded(chosen, config, matches)
+    chosen = [name for name in chosen if not inside(name, saved)]
+    if not chosen:
+        raise TargetError(
+            f"No layer is left to adapt: target_modules={wanted!r} matched only layers that exclude_modules or "
+            "modules_to_save take away."
+        )
+    return chosen, matches, skipped
+
+
+def _in_preset(preset: str, name: str) -> bool:
+    if preset == "qv":
+        return is_query_or_value(name)
+    return preset == "all-linear" or in_attention(name)
+
+
+def _explicit(
+    modules: dict[str, nn.Module],
+    config: LoRAConfig,
+    obstacles: dict[str, str | None],
+    adaptable: list[str],
+    matches: list[tuple[str, str, int]],
+) -> list[str]:
+    wanted = config.target_modules
+    patterns = [wanted] if isinstance(wanted, str) else wanted
+    found: dict[str, list[str]] = {pattern: [] for pattern in patterns}
+    for name in modules:
+        for pattern in pattern_matches(wanted, name):
+            found[pattern].append(name)
+    problems = []
+    for pattern, names in found.items():
+        good = [name for name in names if obstacles[name] is None]
+        # A pattern may also run over the containers around the layers it means.
+        bad = [name for name in names if obstacles[name] and not (good and any(modules[name].children()))]
+        if not names:
+            hint = ""
+            if isinstance(wanted, str) and any(suffix_matches(wanted, name) for name in adaptable):
+                hint = f" A single string is a regular expression for the whole name; write [{wanted!r}]."
+            problems.append(f"{pattern!r} matched nothing.{hint} {suggest(pattern, adaptable)}")
+        elif bad:
+            problems.append(f"{pattern!r} matched {bad[0]!r}, which cannot be adapted: {obstacles[bad[0]]}.")
+        matches.append(("target_modules", pattern, len(good)))
+    if problems:
+        raise TargetError("target_modules: " + "\n  ".join(problems))
+    order = {name: None for name in modules if any(name in names for names in found.values())}
+    return [name for name in order if obstacles[name] is None]
+
+
+def _without_excluded(
+    chosen: list[str], config: LoRAConfig, matches: list[tuple[str, str, int]]
+) -> list[str]:
+    excluded = config.exclude_modules
+    assert excluded is not None
+    patterns = [excluded] if isinstance(excluded, str) else excluded
+    hits = {name: pattern_matches(excluded, name) for name in chosen}
+    for pattern in patterns:
+        count = sum(pattern in found for found in hits.values())
+        if not count:
+            raise TargetError(
+                f"exclude_modules: {pattern!r} excludes none of the targets. {suggest(pattern, chosen)}"
+            )
+        matches.append(("exclude_modules", pattern, count))
+    return [name for name, found in hits.items() if not found]
+
+
+def _obstacle(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> str | None:
+    """Why a module cannot be adapted, or ``None``."""
+    if isinstance(module, (LoRALayer, LoRAFactors)):
+        return "it has been adapted already"
+    if not name or adapted_class(type(module)) is None:
+        why = f"{type(module).__name__} is not a supported layer type ({', '.join(supported_layers())})"
+        if isinstance(module, nn.Linear):
+            why += "; it overrides forward, so register a layer class for it with register_layer"
+        return why
+    if "weight" not in module._parameters:
+        return "its weight is computed by a parametrization, which a merge could not undo"
+    if hasattr(module, "lora"):
+        return "it has an attribute called lora already"
+    parent = modules.get(name.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        return "projects inside nn.MultiheadAttention, which bypasses the layer's forward"
+    if "forward" in module.__dict__:
+        return (
+            "its forward was replaced on the instance (by a device map of accelerate, for instance), which would "
+            "bypass LoRA; load the model without device_map"
+        )
+    return None
+
+
+def _refuse_fused(modules: dict[str, nn.Module]) -> None:
+    fused = [name for name in modules if is_fused(name) and not any(modules[name].children())]
+    if fused:
+        raise TargetError(
+            f"target_modules='qv': {fused[0]!r} holds the query, key and value projections in one weight, of which "
+            "single slices cannot be adapted yet. Use target_modules='attention' or name the layer."
+        )
+
+
+def _targets(modules: dict[str, nn.Module], names: list[str], config: LoRAConfig) -> Iterator[Target]:
+    first_with: dict[int, str] = {}
+    for name in names:
+        module = modules[name]
+        adapted = adapted_class(type(module))
+        assert adapted is not None
+        r = _by_key(config.rank_pattern, name, config.r)
+        alpha = _by_key(config.alpha_pattern, name, config.alpha)
+        A_shape, B_shape = adapted.factor_shapes(module, r)
+        first = first_with.setdefault(id(module.weight), name)
+        yield Target(
+            name=name,
+            kind=type(module).__name__,
+            r=r,
+            alpha=alpha,
+            scaling=config.scaling(r, alpha),
+            A_shape=A_shape,
+            B_shape=B_shape,
+            tied_to=None if first == name else first,
+        )
+
+
+def _by_key(pattern: dict[str, int] | dict[str, float] | None, name: str, default: float) -> float | int:
+    for key, value in (pattern or {}).items():
+        if key_matches(key, name):
+            return value
+    return default
+
+
+def _key_counts(
+    setting: str, pattern: dict[str, int] | dict[str, float] | None, names: list[str]
+) -> list[tuple[str, str, int]]:
+    counts = []
+    for key in pattern or {}:
+        count = sum(key_matches(key, name) for name in names)
+        if not count:
+            raise TargetError(f"{setting}: {key!r} matches none of the targets. {suggest(key, names)}")
+        counts.append((setting, key, count))
+    return counts
+
+
+def _saved_modules(modules: dict[str, nn.Module], config: LoRAConfig) -> tuple[str, ...]:
+    if config.modules_to_save == "auto":
+        return tuple(task_heads(modules))
+    found = []
+    for wanted in config.modules_to_save or ():
+        names = [name for name in modules if suffix_matches(wanted, name)]
+        if not names:
+            raise TargetError(f"modules_to_save: {wanted!r} matched nothing. {suggest(wanted, modules)}")
+        found += names
+    outermost = [name for name in found if not inside(name, [other for other in found if other != name])]
+    return tuple(dict.fromkeys(outermost))
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a LayerNorm, RMSNorm or GroupNorm, by type, or by the class names of such layers."""
+    name = type(module).__name__.lower()
+    return isinstance(module, _NORM_TYPES) or name.endswith(("layernorm", "rmsnorm"))
+
+
+def _trained_parameters(
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    config: LoRAConfig,
+    saved: tuple[str, ...],
+    targets: set[str],
+) -> Iterator[TrainedParameter]:
+    for name, parameter in model.named_parameters():
+        owner_name, _, leaf = name.rpartition(".")
+        owner = modules[owner_name]
+        is_bias = "bias" in leaf.split("_")
+        if inside(owner_name, saved):
+            reason = "whole"
+        elif is_bias and (config.bias == "all" or (config.bias == "lora_only" and owner_name in targets)):
+            reason = "bias"
+        elif config.train_layer_norms and is_norm(owner):
+            reason = "norm"
+        elif config.train_embeddings and isinstance(owner, nn.Embedding):
+            reason = "embedding"
+        else:
+            continue
+        yield TrainedParameter(name, parameter.numel(), reason)

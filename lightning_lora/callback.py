@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
-from lightning_lora.checks import check_best_checkpoint, check_optimizers, check_strategy
+from lightning_lora.checks import check_best_checkpoint, check_frozen_dtype, check_optimizers, check_strategy
 from lightning_lora.checkpoints import explain_unreadable, require_metadata
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError
@@ -141,9 +141,12 @@ class LoRACallback(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_strategy(trainer)
+        check_frozen_dtype(trainer, self.frozen_dtype)
         self._trainer = trainer
         if stage == "fit":
             self._fitted = False
+            if self._resume is not None:
+                self._resume.install(trainer)
         self._attach(trainer.strategy)
         built_later = is_overridden("configure_model", pl_module) or is_overridden("setup", pl_module)
         self._check_weight_averaging(trainer, built_later)
@@ -165,6 +168,8 @@ class LoRACallback(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._resume is not None:
+            self._resume.uninstall()
         # After an exception in a fit on_fit_end has not run, and the model is left as it was.
         if not self._fitted or injection_of(pl_module) is None:
             return

@@ -33,6 +33,19 @@ def check_strategy(trainer: Trainer) -> None:
         raise ConfigError("BitsandbytesPrecision is not supported by LoRACallback in this version.")
 
 
+def check_frozen_dtype(trainer: Trainer, dtype: torch.dtype | None) -> None:
+    """Half-precision weights need autocast, or activations in half precision, around them.
+
+    Raises:
+        ConfigError: The Trainer computes in full precision.
+    """
+    if dtype is not None and str(trainer.precision).startswith(("32", "64")):
+        raise ConfigError(
+            f"frozen_dtype needs mixed precision, and the Trainer computes in {trainer.precision!r}. Set "
+            "Trainer(precision='bf16-mixed'), or leave frozen_dtype out."
+        )
+
+
 def check_optimizers(trainer: Trainer, model: LightningModule) -> None:
     """Every trainable parameter must be in an optimizer; without it B stays zero and nothing complains.
 

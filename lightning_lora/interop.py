@@ -126,7 +126,8 @@ def _read_peft(path: Path) -> tuple[LoRAConfig, dict[str, Tensor], None]:
         ) from error
     except (json.JSONDecodeError, SafetensorError) as error:
         raise CheckpointError(f"{path} could not be read: it is damaged ({error}).") from error
-    return from_peft_config(config, str(path)), from_peft_tensors(tensors), None
+    state = from_peft_tensors(tensors)
+    return from_peft_config(config, state, str(path)), state, None
 
 
 def _common_prefix(targets: list[str], model: nn.Module, path: Path) -> str:

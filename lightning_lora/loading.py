@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_lora.checkpoints import read_checkpoint
 from lightning_lora.interop import load_adapter
@@ -20,7 +21,8 @@ def load_lightning_module(
     """Build a LightningModule, inject LoRA with the checkpoint's settings and load the adapter.
 
     ``LightningModule.load_from_checkpoint`` cannot do this: it runs no callbacks, so the adapter's keys would be
-    unexpected, or with ``strict=False`` silently left out.
+    unexpected, or with ``strict=False`` silently left out. The model may be built in ``__init__``, in
+    ``setup`` (called with ``"predict"``) or in ``configure_model``.
 
     Args:
         cls: The class of the LightningModule.
@@ -36,6 +38,8 @@ def load_lightning_module(
     """
     checkpoint = read_checkpoint(checkpoint_path)
     module = cls(**{**checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}), **hyperparameters})
+    if is_overridden("setup", module):
+        module.setup("predict")
     module.configure_model()
     load_adapter(module, checkpoint_path)
     module.on_load_checkpoint(checkpoint)

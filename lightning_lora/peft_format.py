@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError
 from lightning_lora.injection import require_injection
-from lightning_lora.matching import suffix_matches
+from lightning_lora.matching import key_matches, suffix_matches
 from lightning_lora.state import adapter_state_dict
 
 _PREFIX = "base_model.model."
@@ -96,8 +97,16 @@ def to_peft_config(model: nn.Module, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def from_peft_config(values: Mapping[str, Any], source: str) -> LoRAConfig:
+def from_peft_config(values: Mapping[str, Any], state: Mapping[str, Tensor], source: str) -> LoRAConfig:
     """The settings that an ``adapter_config.json`` of PEFT means here.
+
+    PEFT lets patterns match nothing, and often writes such patterns; only what the adapter's tensors bear out is
+    taken over.
+
+    Args:
+        values: The parsed file.
+        state: The adapter's state under this project's names.
+        source: What to call the adapter in errors.
 
     Raises:
         CheckpointError: The adapter is of another kind, or uses what is not supported, with the reason.
@@ -107,25 +116,50 @@ def from_peft_config(values: Mapping[str, Any], source: str) -> LoRAConfig:
     used = [name for name in _UNSUPPORTED if values.get(name)]
     if used:
         raise CheckpointError(f"{source} uses {', '.join(used)} of PEFT, which is not supported.")
+    adapted = [name.removesuffix(".lora.A") for name in state if name.endswith(".lora.A")]
+    if not adapted:
+        raise CheckpointError(f"{source} holds no factors of adapted linear layers.")
     targets = values["target_modules"]
+    if isinstance(targets, str) or values.get("exclude_modules"):
+        targets = "|".join(re.escape(name) for name in adapted)
+    else:
+        targets = sorted(t for t in targets if any(suffix_matches(t, name) for name in adapted))
+    owners = {name.rpartition(".")[0] for name in state}
+    whole = [
+        wanted
+        for wanted in values.get("modules_to_save") or []
+        if any(suffix_matches(wanted, parent) for owner in owners for parent in _ancestors(owner))
+    ]
     return LoRAConfig(
         r=values["r"],
         alpha=values["lora_alpha"],
         dropout=values.get("lora_dropout", 0.0),
-        target_modules=targets if isinstance(targets, str) else sorted(targets),
-        exclude_modules=values.get("exclude_modules") or None,
-        rank_pattern=values.get("rank_pattern") or None,
-        alpha_pattern=values.get("alpha_pattern") or None,
+        target_modules=targets,
+        rank_pattern=_used_keys(values.get("rank_pattern"), adapted),
+        alpha_pattern=_used_keys(values.get("alpha_pattern"), adapted),
         bias=values.get("bias", "none"),
-        modules_to_save=list(values.get("modules_to_save") or []),
+        modules_to_save=whole,
         use_rslora=values.get("use_rslora", False),
     )
+
+
+def _ancestors(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+
+
+def _used_keys(pattern: Mapping[str, Any] | None, names: list[str]) -> dict[str, Any] | None:
+    used = {key: value for key, value in (pattern or {}).items() if any(key_matches(key, n) for n in names)}
+    return used or None
 
 
 def from_peft_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An adapter's state under this project's names."""
     state = {}
     for key, tensor in tensors.items():
+        # With bias="all" PEFT writes the biases of wrapped modules under their wrappers' names once more.
+        if ".modules_to_save." in key or ".original_module." in key:
+            continue
         name = key.removeprefix(_PREFIX)
         for factor in ("A", "B"):
             name = name.replace(f".lora_{factor}.weight", f".lora.{factor}")

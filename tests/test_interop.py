@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForQuestionAnswering,
+)
+
+from lightning_lora import (
+    inject_lora,
+    load_adapter,
+    merge_lora,
+    remove_lora,
+    save_adapter,
+    swap_adapter,
+    unmerge_lora,
+)
+from lightning_lora.errors import CheckpointError
+from lightning_lora.injection import injection_of
+from tests.modules import mlp
+
+peft = pytest.importorskip("peft", reason="PEFT is a peer to compare with, installed by the test extra")
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 64}
+
+
+def bert() -> nn.Module:
+    return BertForSequenceClassification(BertConfig(**SIZES, num_labels=3))
+
+
+def roberta() -> nn.Module:
+    return RobertaForQuestionAnswering(RobertaConfig(**SIZES))
+
+
+def llama() -> nn.Module:
+    return LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2))
+
+
+def fresh(make: Any) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        model: nn.Module = make()
+    return model.eval()
+
+
+def outputs(model: nn.Module) -> list[Tensor]:
+    model.eval()
+    with torch.no_grad():
+        if isinstance(model, nn.Sequential) or isinstance(getattr(model, "base_model", None), nn.Sequential):
+            return [model(torch.linspace(-1, 1, 48).reshape(3, 16))]
+        if "Sequential" in repr(type(getattr(getattr(model, "base_model", None), "model", None))):
+            return [model(torch.linspace(-1, 1, 48).reshape(3, 16))]
+        result = model(input_ids=torch.arange(2, 22).reshape(2, 10))
+    return [value for value in result.values() if isinstance(value, Tensor)]
+
+
+def train_a_little(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                shift = torch.randn(parameter.shape, generator=generator) * (0.3 if "lora" in name else 0.05)
+                parameter.add_(shift)
+
+
+def assert_same(left: list[Tensor], right: list[Tensor]) -> None:
+    assert len(left) == len(right) > 0
+    for a, b in zip(left, right, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+SETTINGS = [
+    {"target_modules": "all-linear"},
+    {"target_modules": "all-linear", "use_rslora": True},
+    {"target_modules": "all-linear", "bias": "all", "train_layer_norms": True},
+    {"target_modules": "all-linear", "bias": "lora_only"},
+    {"target_modules": "all-linear", "train_embeddings": True},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("make", [bert, roberta, llama, mlp])
+def test_peft_loads_what_we_write(tmp_path: Path, make: Any, settings: dict[str, Any]) -> None:
+    model = fresh(make)
+    base = outputs(model)
+    inject_lora(model, r=4, alpha=12, **settings)
+    train_a_little(model)
+    expected = outputs(model)
+    assert not torch.allclose(expected[0], base[0], atol=1e-3)
+    save_adapter(model, tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(fresh(make), tmp_path / "adapter")
+    from safetensors.torch import load_file
+
+    ours = set(load_file(tmp_path / "adapter/adapter_model.safetensors"))
+    theirs = set(peft.get_peft_model_state_dict(loaded))
+    # Of "lora_only" PEFT saves nothing; with "all" it saves the biases of wrapped modules several times over.
+    theirs = {key for key in theirs if ".original_module." not in key and ".modules_to_save." not in key}
+    if settings.get("bias") != "lora_only":
+        assert theirs == ours
+    assert_same(outputs(loaded), expected)
+
+
+@pytest.mark.parametrize("make", [bert, llama, mlp])
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_we_load_what_peft_writes(tmp_path: Path, make: Any, bias: str) -> None:
+    targets = ["0", "3"] if make is mlp else ["query", "value", "q_proj", "down_proj", "dense"]
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=12,
+        target_modules=targets,
+        bias=bias,
+        modules_to_save=["classifier"] if make is bert else None,
+        rank_pattern={"query": 2} if make is bert else {},
+        init_lora_weights=False,
+        use_rslora=True,
+    )
+    theirs = peft.get_peft_model(fresh(make), config)
+    train_a_little(theirs)
+    theirs.save_pretrained(tmp_path / "adapter")
+    model = fresh(make)
+    base = outputs(model)
+    plan = load_adapter(model, tmp_path / "adapter")
+    assert plan.trainable_parameters == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    assert_same(outputs(model), outputs(theirs))
+    merge_lora(model)
+    assert_same(outputs(model), outputs(theirs))
+    remove_lora(model)
+    if bias == "none" and make is not bert:
+        assert_same(outputs(model), base)
+
+
+def test_round_trip_of_rank_and_alpha_patterns(tmp_path: Path) -> None:
+    model = fresh(llama)
+    inject_lora(model, r=4, alpha=12, rank_pattern={"q_proj": 2}, alpha_pattern={r"layers\.1\.mlp\..*": 5})
+    train_a_little(model)
+    save_adapter(model, tmp_path / "adapter")
+    again = fresh(llama)
+    load_adapter(again, tmp_path / "adapter")
+    assert_same(outputs(again), outputs(model))
+    assert_same(outputs(peft.PeftModel.from_pretrained(fresh(llama), tmp_path / "adapter")), outputs(model))
+
+
+def test_swap_adapter_on_a_merged_model(tmp_path: Path) -> None:
+    expected = {}
+    for name, r in (("first", 2), ("second", 4)):
+        model = fresh(llama)
+        inject_lora(model, r=r, alpha=8)
+        train_a_little(model)
+        save_adapter(model, tmp_path / name)
+        expected[name] = outputs(model)
+    model = fresh(llama)
+    base = {k: v.clone() for k, v in model.state_dict().items()}
+    load_adapter(model, tmp_path / "first")
+    merge_lora(model)
+    for name in ("second", "first", "second"):
+        swap_adapter(model, tmp_path / name)
+        assert_same(outputs(model), expected[name])
+    unmerge_lora(model)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in base.items())
+
+
+def test_a_failed_load_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model = fresh(llama)
+    inject_lora(model, r=4, alpha=12)
+    save_adapter(model, tmp_path / "adapter")
+    other = LlamaForCausalLM(LlamaConfig(**{**SIZES, "hidden_size": 16}, num_key_value_heads=2))
+    with pytest.raises(CheckpointError, match=r"nothing was loaded.*wrong shape"):
+        try:
+            load_adapter(other, tmp_path / "adapter")
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace("\n", " ")) from None
+    assert injection_of(other) is None
+    assert not any("lora" in key for key in other.state_dict())
+
+
+def test_bad_adapter_folders(tmp_path: Path) -> None:
+    model = fresh(mlp)
+    with pytest.raises(CheckpointError, match="no adapter folder"):
+        load_adapter(model, tmp_path)
+    with pytest.raises(CheckpointError, match="not found"):
+        load_adapter(model, tmp_path / "none.ckpt")
+    inject_lora(model, target_modules=["0"])
+    save_adapter(model, tmp_path / "adapter")
+    config_file = tmp_path / "adapter/adapter_config.json"
+    config = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps({**config, "use_dora": True}))
+    with pytest.raises(CheckpointError, match="use_dora"):
+        load_adapter(fresh(mlp), tmp_path / "adapter")
+    config_file.write_text(json.dumps({**config, "peft_type": "IA3"}))
+    with pytest.raises(CheckpointError, match="IA3"):
+        load_adapter(fresh(mlp), tmp_path / "adapter")
+    config_file.write_text("{")
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_adapter(fresh(mlp), tmp_path / "adapter")
+    config_file.write_text(json.dumps(config))
+    weights = tmp_path / "adapter/adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_adapter(fresh(mlp), tmp_path / "adapter")
+
+
+def test_saving_replaces_the_folder_as_a_whole(tmp_path: Path) -> None:
+    model = fresh(mlp)
+    inject_lora(model, target_modules=["0"])
+    folder = save_adapter(model, tmp_path / "adapter")
+    (folder / "stale.txt").write_text("old")
+    save_adapter(model, folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]

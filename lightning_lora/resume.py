@@ -17,20 +17,17 @@ their first epoch; time-based triggers; iterators that `training_step` itself ad
 
 from __future__ import annotations
 
-import random
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_lora.errors import LightningLoRAError
-
-_Rng = dict[str, Any]
+from lightning_lora.rng import RngState, capture_rng, loader_generators, restore_rng
 
 # Where in the loops a checkpoint is taken.
 _IDLE = "idle"
@@ -56,64 +53,6 @@ _PRIVATES = {
         "run setup_data _on_evaluation_end _combined_loader _has_run restarting"
     ),
 }
-
-
-def capture_rng(generators: Sequence[torch.Generator] = ()) -> _Rng:
-    """The state of every global random generator, and of `generators`, as tensors and primitives.
-
-    Covers Python's `random`, numpy's legacy global state, torch on the CPU and every CUDA device.
-
-    Args:
-        generators: Further generators, such as those of data loaders.
-
-    Returns:
-        A state for `restore_rng`, readable with `torch.load(weights_only=True)`.
-    """
-    version, words, gauss = random.getstate()
-    numpy_state: Any = np.random.get_state(legacy=True)
-    _, keys, position, has_gauss, cached = numpy_state
-    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    return {
-        "python": [version, torch.from_numpy(np.array(words, np.uint32).view(np.int32)), gauss],
-        "numpy": [torch.from_numpy(keys.view(np.int32)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if cuda else [],
-        "generators": [generator.get_state() for generator in generators],
-    }
-
-
-def restore_rng(state: _Rng, generators: Sequence[torch.Generator] = ()) -> None:
-    """Put back what `capture_rng` returned.
-
-    Args:
-        state: What `capture_rng` returned.
-        generators: The same further generators, in the same order.
-    """
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words.numpy().view(np.uint32).tolist()), gauss))
-    keys, position, has_gauss, cached = state["numpy"]
-    numpy_state = ("MT19937", keys.numpy().view(np.uint32), position, has_gauss, cached)
-    np.random.set_state(numpy_state)
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available():
-        devices = range(torch.cuda.device_count())
-        for device, cuda_state in zip(devices, state["cuda"], strict=False):
-            torch.cuda.set_rng_state(cuda_state, device)
-    for generator, generator_state in zip(generators, state["generators"], strict=False):
-        generator.set_state(generator_state)
-
-
-def _loader_generators(loaders: Iterable[Any]) -> list[torch.Generator]:
-    """The generators that users handed to loaders and samplers, each once."""
-    found: dict[int, torch.Generator] = {}
-    for loader in loaders:
-        batch_sampler = getattr(loader, "batch_sampler", None)
-        samplers = (getattr(loader, "sampler", None), getattr(batch_sampler, "sampler", None))
-        for owner in (loader, batch_sampler, *samplers):
-            generator = getattr(owner, "generator", None)
-            if isinstance(generator, torch.Generator):
-                found[id(generator)] = generator
-    return list(found.values())
 
 
 def _persistent_and_started(loaders: Iterable[Any]) -> list[bool]:
@@ -166,7 +105,7 @@ class ExactResume:
     def _forget(self) -> None:
         self._place = _IDLE
         # The state to go back to when a checkpoint is taken in the midst of something; None: now.
-        self._mark: _Rng | None = None
+        self._mark: RngState | None = None
         self._mark_at = 0
         self._iteration: dict[str, Any] | None = None
         self._sources: list[Any] = []
@@ -250,7 +189,7 @@ class ExactResume:
         accumulating = (
             place not in _BETWEEN_EPOCHS and batches.processed % trainer.accumulate_grad_batches
         )
-        val_loader = self._val._combined_loader
+        val = self._val._combined_loader
         metrics = trainer.callback_metrics
         return {
             "place": place,
@@ -264,17 +203,17 @@ class ExactResume:
                 for config in trainer.lr_scheduler_configs
                 if config.reduce_on_plateau and config.monitor in metrics
             },
-            "val_started": _persistent_and_started(val_loader.flattened if val_loader else ()),
+            "val_started": _persistent_and_started(() if val is None else val.flattened),
             "loaded_in_epoch": self._fit._last_train_dl_reload_epoch,
         }
 
-    def _capture(self) -> _Rng:
+    def _capture(self) -> RngState:
         return capture_rng(self._generators)
 
     def _note_restarted_loaders(self) -> None:
         """Note which loaders began anew within the epoch: the shorter ones of several cycle."""
-        iterator = self._fit._combined_loader._iterator if self._fit._combined_loader else None
-        iterators = iterator.iterators if iterator is not None else []
+        iterator = getattr(self._fit._combined_loader, "_iterator", None)
+        iterators = getattr(iterator, "iterators", [])
         # Persistent workers reuse the iterator object but not its sampler's.
         sources = [getattr(each, "_sampler_iter", each) for each in iterators]
         if self._iteration is not None and self._mark is not None:
@@ -292,7 +231,7 @@ class ExactResume:
 
     def _loaders_ready(self, original: Callable[[], None]) -> None:
         original()
-        self._generators = _loader_generators(self._fit._combined_loader.flattened)
+        self._generators = loader_generators(self._fit._combined_loader.flattened)
         self._iteration = self._new_iteration()
 
     def _reset(self, original: Callable[[], None]) -> None:
@@ -431,7 +370,7 @@ class ExactResume:
         )
         return {**ranks[0], "rng": None, "iteration": None, "gradients": {}}
 
-    def _restore(self, rng: _Rng | None) -> None:
+    def _restore(self, rng: RngState | None) -> None:
         if rng is not None:
             restore_rng(rng, self._generators)
 
@@ -464,7 +403,7 @@ class ExactResume:
             return
         if iteration is None or not any(iteration["started"]):
             combined.reset()
-        fetches: dict[int, _Rng] = {}
+        fetches: dict[int, RngState] = {}
         if iteration is not None:
             self._restore(iteration["rng"])
             fetches = {fetch["at"]: fetch["rng"] for fetch in iteration["fetches"].values()}

@@ -1,15 +1,23 @@
-"""LoRA for PyTorch Lightning: one callback that injects, trains, checkpoints the adapter alone, and merges."""
+"""LoRA for PyTorch Lightning: one callback that injects, trains, checkpoints the adapter alone, and
+merges.
+"""
 
-from lightning_lora.callback import LoRACallback
-from lightning_lora.config import LoRAConfig
-from lightning_lora.injection import inject_lora
-from lightning_lora.interop import load_adapter, save_adapter, swap_adapter
-from lightning_lora.layers import LoRALayer, register_layer
-from lightning_lora.loading import load_lightning_module
-from lightning_lora.merging import merge_lora, unmerge_lora
-from lightning_lora.plan import Plan
-from lightning_lora.removal import remove_lora
-from lightning_lora.state import adapter_state_dict, load_adapter_state_dict
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_lora.callback import LoRACallback
+    from lightning_lora.config import LoRAConfig
+    from lightning_lora.injection import inject_lora
+    from lightning_lora.interop import load_adapter, save_adapter, swap_adapter
+    from lightning_lora.layers import LoRALayer, register_layer
+    from lightning_lora.loading import load_lightning_module
+    from lightning_lora.merging import merge_lora, unmerge_lora
+    from lightning_lora.plan import Plan
+    from lightning_lora.removal import remove_lora
+    from lightning_lora.state import adapter_state_dict, load_adapter_state_dict
 
 __version__ = "0.1.0"
 
@@ -30,3 +38,34 @@ __all__ = [
     "swap_adapter",
     "unmerge_lora",
 ]
+
+# Importing torch and Lightning takes seconds; `lightning-lora --help` needs neither.
+_HOMES = {
+    "LoRACallback": "lightning_lora.callback",
+    "LoRAConfig": "lightning_lora.config",
+    "LoRALayer": "lightning_lora.layers",
+    "Plan": "lightning_lora.plan",
+    "adapter_state_dict": "lightning_lora.state",
+    "inject_lora": "lightning_lora.injection",
+    "load_adapter": "lightning_lora.interop",
+    "load_adapter_state_dict": "lightning_lora.state",
+    "load_lightning_module": "lightning_lora.loading",
+    "merge_lora": "lightning_lora.merging",
+    "register_layer": "lightning_lora.layers",
+    "remove_lora": "lightning_lora.removal",
+    "save_adapter": "lightning_lora.interop",
+    "swap_adapter": "lightning_lora.interop",
+    "unmerge_lora": "lightning_lora.merging",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
-from lightning_lora.checks import check_best_checkpoint, check_frozen_dtype, check_optimizers, check_strategy
-from lightning_lora.checkpoints import explain_unreadable, require_metadata
+from lightning_lora.checkpoints import (
+    explain_unreadable,
+    load_optimizer_state,
+    require_metadata,
+    require_training_state,
+)
+from lightning_lora.checks import (
+    check_best_checkpoint,
+    check_frozen_dtype,
+    check_optimizers,
+    check_strategy,
+    check_weight_averaging,
+)
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError
 from lightning_lora.export import export_model
@@ -35,36 +46,41 @@ from lightning_lora.state import (
 
 
 class LoRACallback(Callback):
-    """Adapt the LightningModule with LoRA: inject, train, checkpoint the adapter alone, resume, merge.
+    """Adapt the LightningModule with LoRA: inject, train, checkpoint the adapter alone, resume,
+    merge.
 
-    - Layers are adapted after the model has been built (in ``__init__``, ``setup`` or ``configure_model``) and
-      before the strategy wraps it; everything but the factors is frozen.
-    - Every checkpoint holds the trained state alone and says what it belongs to. Loading compares settings, targets
-      and base first, and refuses what does not fit.
-    - When a fit ends, the factors are merged into plain layers; before the next stage the exact base is restored.
+    - Layers are adapted after the model has been built (in ``__init__``, ``setup`` or
+      ``configure_model``) and before the strategy wraps it; everything but the factors is frozen.
+    - Every checkpoint holds the trained state alone and says what it belongs to. Loading compares
+      settings, targets and base first, and refuses what does not fit.
+    - When a fit ends, the factors are merged into plain layers; before the next stage the exact
+      base is restored.
 
     Args:
         r: See `LoRAConfig`, as for every argument up to ``init``.
         alpha: Numerator of the scaling.
         dropout: Probability of dropping an element of the adapter's input while training.
-        target_modules: ``"all-linear"``, ``"qv"``, ``"attention"``, a list of name suffixes, or a regex.
+        target_modules: ``"all-linear"``, ``"qv"``, ``"attention"``, a list of name suffixes, or a
+            regex.
         exclude_modules: Suffixes or a regex for layers that are left alone.
         rank_pattern: Ranks of particular layers.
         alpha_pattern: Alphas of particular layers.
         bias: ``"none"``, ``"lora_only"`` or ``"all"``.
         train_layer_norms: Train the LayerNorms and RMSNorms.
         train_embeddings: Train the embedding tables.
-        modules_to_save: Modules that are trained whole; ``"auto"`` for the heads of Hugging Face task models.
+        modules_to_save: Modules that are trained whole; ``"auto"`` for the heads of Hugging Face
+            task models.
         use_rslora: Scale by ``alpha / sqrt(r)``.
         use_dora: Not available yet.
         init: ``"kaiming"`` or ``"gaussian"``.
         merge_on_fit_end: Merge when a fit ends.
         merge_from: Merge the ``"last"`` weights, or those of the ``"best"`` checkpoint.
-        export_dir: Folder for the merged model (``merged``) and the adapter in PEFT format (``adapter``), written
-            when a fit ends.
-        frozen_dtype: Keep the frozen matrices in ``"bf16"`` or ``"fp16"`` (for mixed precision), or as they are.
-        exact_resume: Also save and restore random states and the position in the data, so that a resumed run
-            continues bitwise where it was interrupted.
+        export_dir: Folder for the merged model (``merged``) and the adapter in PEFT format
+            (``adapter``), written when a fit ends.
+        frozen_dtype: Keep the frozen matrices in ``"bf16"`` or ``"fp16"`` (for mixed precision), or
+            as they are.
+        exact_resume: Also save and restore random states and the position in the data, so that a
+            resumed run continues bitwise where it was interrupted.
         verbose: Print what was adapted.
 
     Attributes:
@@ -77,10 +93,12 @@ class LoRACallback(Callback):
     Example:
         >>> from lightning.pytorch import Trainer
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
-        >>> options = dict(max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        >>> options = dict(max_steps=2, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False)
         >>> lora = LoRACallback(r=2, alpha=4, verbose=False)
         >>> model = BoringModel()
-        >>> Trainer(**options, enable_model_summary=False, accelerator="cpu", callbacks=[lora]).fit(model)
+        >>> Trainer(**options, enable_model_summary=False, accelerator="cpu",
+        callbacks=[lora]).fit(model)
         >>> lora.plan.trainable_parameters  # BoringModel is one Linear(32, 2)
         68
     """
@@ -90,21 +108,21 @@ class LoRACallback(Callback):
         r: int = 8,
         alpha: float = 16,
         dropout: float = 0.0,
-        target_modules: Union[str, list[str]] = "all-linear",
-        exclude_modules: Optional[Union[str, list[str]]] = None,
-        rank_pattern: Optional[dict[str, int]] = None,
-        alpha_pattern: Optional[dict[str, float]] = None,
+        target_modules: str | list[str] = "all-linear",
+        exclude_modules: str | list[str] | None = None,
+        rank_pattern: dict[str, int] | None = None,
+        alpha_pattern: dict[str, float] | None = None,
         bias: str = "none",
         train_layer_norms: bool = False,
         train_embeddings: bool = False,
-        modules_to_save: Optional[Union[str, list[str]]] = "auto",
+        modules_to_save: str | list[str] | None = "auto",
         use_rslora: bool = False,
         use_dora: bool = False,
         init: str = "kaiming",
         merge_on_fit_end: bool = True,
         merge_from: str = "last",
-        export_dir: Optional[str] = None,
-        frozen_dtype: Optional[str] = None,
+        export_dir: str | None = None,
+        frozen_dtype: str | None = None,
         exact_resume: bool = True,
         verbose: bool = True,
     ) -> None:
@@ -148,8 +166,10 @@ class LoRACallback(Callback):
             if self._resume is not None:
                 self._resume.install(trainer)
         self._attach(trainer.strategy)
-        built_later = is_overridden("configure_model", pl_module) or is_overridden("setup", pl_module)
-        self._check_weight_averaging(trainer, built_later)
+        built_later = is_overridden("configure_model", pl_module) or is_overridden(
+            "setup", pl_module
+        )
+        check_weight_averaging(trainer, self, built_later)
         if not built_later:
             self._prepare(pl_module)
 
@@ -211,30 +231,23 @@ class LoRACallback(Callback):
             unmerge_lora(model)
             freeze(model, self.plan)
 
-    def _check_weight_averaging(self, trainer: Trainer, built_later: bool) -> None:
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        for callback in callbacks[: callbacks.index(self)] if not built_later else callbacks:
-            if isinstance(callback, WeightAveraging):
-                raise ConfigError(
-                    f"{type(callback).__name__} copies the model in its setup, before LoRA is in place. Put LoRACallback "
-                    "before it in the Trainer's callbacks, and build the model in the LightningModule's __init__."
-                )
-
     def _load_best(self, trainer: Trainer, pl_module: LightningModule) -> None:
         path = check_best_checkpoint(trainer).best_model_path
         if not path:
             raise ConfigError(
-                "merge_from='best': ModelCheckpoint has saved no best checkpoint in this fit, so nothing was merged. Let "
-                "validation run at least once, or use merge_from='last'."
+                "merge_from='best': ModelCheckpoint has saved no best checkpoint in this fit, so "
+                "nothing was merged. Let validation run at least once, or use merge_from='last'."
             )
-        checkpoint = trainer.strategy.load_checkpoint(path)
+        # By the strategy's own way of reading: the file may lie on remote storage.
+        checkpoint = trainer.strategy.checkpoint_io.load_checkpoint(path, weights_only=True)
         load_adapter_state_dict(pl_module, checkpoint["state_dict"], path)
 
     def _attach(self, strategy: Strategy) -> None:
         """Put this callback between the Trainer and its strategy's loading and saving.
 
-        Callback hooks do not fire on every path (weights-only saves, sharded saves, models built late); these
-        methods of the strategy do. The instance is wrapped, once; classes stay as they are.
+        Callback hooks do not fire on every path (weights-only saves, sharded saves, models built
+        late); these methods of the strategy do. The instance is wrapped, once; classes stay as they
+        are.
         """
         attached = strategy.__dict__.get("_lightning_lora")
         if attached is self:
@@ -246,6 +259,9 @@ class LoRACallback(Callback):
         wrapped.setup = partial(self._strategy_setup, strategy, strategy.setup)
         wrapped.load_checkpoint = partial(self._load_checkpoint, strategy, strategy.load_checkpoint)
         wrapped.load_model_state_dict = partial(self._load_model_state_dict, strategy)
+        wrapped.load_optimizer_state_dict = partial(
+            load_optimizer_state, strategy.load_optimizer_state_dict
+        )
         wrapped.lightning_module_state_dict = partial(self._module_state_dict, strategy)
         wrapped.save_checkpoint = partial(self._save_checkpoint, strategy, strategy.save_checkpoint)
 
@@ -253,7 +269,9 @@ class LoRACallback(Callback):
         self._prepare(_module_of(strategy))
         original(trainer)
 
-    def _load_checkpoint(self, strategy: Strategy, original: Any, checkpoint_path: Any, **kwargs: Any) -> Any:
+    def _load_checkpoint(
+        self, strategy: Strategy, original: Any, checkpoint_path: Any, **kwargs: Any
+    ) -> Any:
         model = _module_of(strategy)
         self._prepare(model)
         with explain_unreadable(checkpoint_path):
@@ -262,16 +280,25 @@ class LoRACallback(Callback):
         # Before any part of the checkpoint reaches the model, the loops or the optimizers.
         audit_metadata(model, require_metadata(checkpoint, source), source)
         audit_state(model, checkpoint["state_dict"], source)
+        if strategy.lightning_module.trainer.state.fn == TrainerFn.FITTING:  # type: ignore[union-attr]
+            require_training_state(checkpoint, source)
         return checkpoint
 
-    def _load_model_state_dict(self, strategy: Strategy, checkpoint: Any, strict: bool = True) -> None:
+    def _load_model_state_dict(
+        self, strategy: Strategy, checkpoint: Any, strict: bool = True
+    ) -> None:
         load_adapter_state_dict(_module_of(strategy), checkpoint["state_dict"], "the checkpoint")
 
     def _module_state_dict(self, strategy: Strategy) -> dict[str, Any]:
         return adapter_state_dict(_module_of(strategy))
 
     def _save_checkpoint(
-        self, strategy: Strategy, original: Any, checkpoint: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        strategy: Strategy,
+        original: Any,
+        checkpoint: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         checkpoint[METADATA_KEY] = checkpoint_metadata(_module_of(strategy))
         original(checkpoint, *args, **kwargs)

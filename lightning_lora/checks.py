@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
@@ -22,15 +22,38 @@ def check_strategy(trainer: Trainer) -> None:
     name = type(strategy).__name__
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise ConfigError(
-            f"{name} is not supported by LoRACallback in this version: use one device, or strategy='ddp'."
+            f"{name} is not supported by LoRACallback in this version: use one device, or "
+            "strategy='ddp'."
         )
     if isinstance(strategy.launcher, _MultiProcessingLauncher):
         raise ConfigError(
-            "Strategies that start their workers from a running process (ddp_spawn, ddp_fork, ddp_notebook) hand the "
-            "whole model back and forth, which loses the adapter. Use strategy='ddp' in a script."
+            "Strategies that start their workers from a running process (ddp_spawn, ddp_fork, "
+            "ddp_notebook) hand the whole model back and forth, which loses the adapter. Use "
+            "strategy='ddp' in a script."
         )
     if isinstance(strategy.precision_plugin, BitsandbytesPrecision):
         raise ConfigError("BitsandbytesPrecision is not supported by LoRACallback in this version.")
+
+
+def check_weight_averaging(trainer: Trainer, lora: Callback, built_later: bool) -> None:
+    """Callbacks that average weights must copy the adapted model, not the bare one.
+
+    Args:
+        trainer: The Trainer.
+        lora: The LoRA callback among the Trainer's.
+        built_later: Whether the model is built after the callbacks' setup.
+
+    Raises:
+        ConfigError: One of them copies the model before LoRA is in place.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks if built_later else callbacks[: callbacks.index(lora)]:
+        if isinstance(callback, WeightAveraging):
+            raise ConfigError(
+                f"{type(callback).__name__} copies the model in its setup, before LoRA is in "
+                "place. Put LoRACallback before it in the Trainer's callbacks, and build the model "
+                "in the LightningModule's __init__."
+            )
 
 
 def check_frozen_dtype(trainer: Trainer, dtype: torch.dtype | None) -> None:
@@ -41,27 +64,39 @@ def check_frozen_dtype(trainer: Trainer, dtype: torch.dtype | None) -> None:
     """
     if dtype is not None and str(trainer.precision).startswith(("32", "64")):
         raise ConfigError(
-            f"frozen_dtype needs mixed precision, and the Trainer computes in {trainer.precision!r}. Set "
-            "Trainer(precision='bf16-mixed'), or leave frozen_dtype out."
+            "frozen_dtype needs mixed precision, and the Trainer computes in "
+            f"{trainer.precision!r}. Set Trainer(precision='bf16-mixed'), or leave frozen_dtype "
+            "out."
         )
 
 
 def check_optimizers(trainer: Trainer, model: LightningModule) -> None:
-    """Every trainable parameter must be in an optimizer; without it B stays zero and nothing complains.
+    """Every trainable parameter must be in an optimizer; without it B stays zero and nothing
+    complains.
 
     Raises:
         ConfigError: Names the parameters and the usual cause.
     """
     if not trainer.optimizers:
         return
-    optimized = {id(p) for optimizer in trainer.optimizers for group in _groups(optimizer) for p in group["params"]}
-    left_out = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in optimized]
+    optimized = {
+        id(p)
+        for optimizer in trainer.optimizers
+        for group in _groups(optimizer)
+        for p in group["params"]
+    }
+    left_out = [
+        name for name, p in model.named_parameters() if p.requires_grad and id(p) not in optimized
+    ]
     if left_out:
-        some = ", ".join(left_out[:3]) + (f", ... {len(left_out) - 3} more" if len(left_out) > 3 else "")
+        some = ", ".join(left_out[:3]) + (
+            f", ... {len(left_out) - 3} more" if len(left_out) > 3 else ""
+        )
         raise ConfigError(
-            f"{len(left_out)} trainable parameters are in no optimizer and would never change: {some}. Most likely the "
-            "optimizer was built before LoRA was injected (in __init__, or by a top-level 'optimizer:' of LightningCLI). "
-            "Build it in configure_optimizers from self.parameters()."
+            f"{len(left_out)} trainable parameters are in no optimizer and would never change: "
+            f"{some}. Most likely the optimizer was built before LoRA was injected (in __init__, "
+            "or by a top-level 'optimizer:' of LightningCLI). Build it in configure_optimizers "
+            "from self.parameters()."
         )
 
 
@@ -81,4 +116,4 @@ def check_best_checkpoint(trainer: Trainer) -> ModelCheckpoint:
 
 
 def _groups(optimizer: object) -> list[dict[str, list[torch.Tensor]]]:
-    return optimizer.param_groups  # type: ignore[attr-defined, no-any-return]
+    return optimizer.param_groups  # type: ignore[attr-defined]

@@ -21,27 +21,31 @@ INITS = ("kaiming", "gaussian")
 class LoRAConfig:
     """What is adapted, how strongly, and what else is trained.
 
-    The update of a weight ``W0`` of shape ``[out, in]`` is ``s * B @ A`` with ``A`` of shape ``[r, in]``,
-    ``B`` of shape ``[out, r]`` and ``s = alpha / r`` (LoRA, arXiv:2106.09685, section 4.1), or
-    ``s = alpha / sqrt(r)`` with ``use_rslora`` (arXiv:2312.03732).
+    The update of a weight ``W0`` of shape ``[out, in]`` is ``s * B @ A`` with ``A`` of shape
+    ``[r, in]``, ``B`` of shape ``[out, r]`` and ``s = alpha / r`` (LoRA, arXiv:2106.09685, section
+    4.1), or ``s = alpha / sqrt(r)`` with ``use_rslora`` (arXiv:2312.03732).
 
     Args:
         r: Rank of the update.
         alpha: Numerator of the scaling.
-        dropout: Probability of dropping an element of the adapter's input while training, in ``[0, 1)``.
-        target_modules: ``"all-linear"`` (every linear layer but the output head), ``"qv"`` (the paper's
-            W_q and W_v), ``"attention"`` (every linear layer inside attention blocks), a list of name
-            suffixes (``["query", "output.dense"]``), or one regular expression for the full name.
+        dropout: Probability of dropping an element of the adapter's input while training, in
+            ``[0, 1)``.
+        target_modules: ``"all-linear"`` (every linear layer but the output head), ``"qv"`` (the
+            paper's W_q and W_v), ``"attention"`` (every linear layer inside attention blocks), a
+            list of name suffixes (``["query", "output.dense"]``), or one regular expression for the
+            full name.
         exclude_modules: Suffixes or one regular expression for layers that are left alone.
         rank_pattern: ``{suffix or regex: r}`` for layers with another rank.
         alpha_pattern: ``{suffix or regex: alpha}`` for layers with another alpha.
-        bias: Which biases train: ``"none"``, those of adapted layers (``"lora_only"``) or ``"all"``.
+        bias: Which biases train: ``"none"``, those of adapted layers (``"lora_only"``) or
+            ``"all"``.
         train_layer_norms: Train every LayerNorm, RMSNorm and GroupNorm, found by type.
         train_embeddings: Train every embedding table whole.
-        modules_to_save: Modules that are trained whole: a list of names, or ``"auto"`` for the newly
-            initialised head of a Hugging Face task model, or ``None``.
+        modules_to_save: Modules that are trained whole: a list of names, or ``"auto"`` for the
+            newly initialised head of a Hugging Face task model, or ``None``.
         use_rslora: Scale by ``alpha / sqrt(r)``.
-        use_dora: Reserved for weight-decomposed adapters; not available yet, so ``True`` is refused.
+        use_dora: Reserved for weight-decomposed adapters; not available yet, so ``True`` is
+            refused.
         init: Initialisation of A: ``"kaiming"`` (uniform, as in PEFT and loralib) or ``"gaussian"``
             (standard deviation ``1 / r``). B is zero.
 
@@ -78,7 +82,11 @@ class LoRAConfig:
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
             if isinstance(value, (tuple, set, frozenset)):
-                setattr(self, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value))
+                setattr(
+                    self,
+                    name,
+                    sorted(value) if isinstance(value, (set, frozenset)) else list(value),
+                )
         problems = list(self._problems())
         if problems:
             count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
@@ -123,13 +131,20 @@ class LoRAConfig:
         problems += _pattern_problems("target_modules", self.target_modules, PRESETS)
         if self.exclude_modules is not None:
             problems += _pattern_problems("exclude_modules", self.exclude_modules, ())
-        problems += _mapping_problems("rank_pattern", self.rank_pattern, _is_rank, "a rank of at least 1")
-        problems += _mapping_problems("alpha_pattern", self.alpha_pattern, _is_positive, "an alpha above 0")
+        problems += _mapping_problems(
+            "rank_pattern", self.rank_pattern, _is_rank, "a rank of at least 1"
+        )
+        problems += _mapping_problems(
+            "alpha_pattern", self.alpha_pattern, _is_positive, "an alpha above 0"
+        )
         problems += _choice_problems("bias", self.bias, BIAS_MODES)
         problems += _choice_problems("init", self.init, INITS)
-        if self.modules_to_save not in (None, "auto") and not _is_name_list(self.modules_to_save, empty=True):
+        if self.modules_to_save not in (None, "auto") and not _is_name_list(
+            self.modules_to_save, empty=True
+        ):
             problems.append(
-                f"modules_to_save must be 'auto', null, or a list of module names, got {self.modules_to_save!r}"
+                "modules_to_save must be 'auto', null, or a list of module names, got "
+                f"{self.modules_to_save!r}"
             )
         for name in ("train_layer_norms", "train_embeddings", "use_rslora", "use_dora"):
             if not isinstance(getattr(self, name), bool):
@@ -162,8 +177,9 @@ def _pattern_problems(name: str, value: object, presets: Sequence[str]) -> list[
     if isinstance(value, str) and value:
         if value in presets:
             return []
-        near = difflib.get_close_matches(value, presets, n=1, cutoff=0.8)
-        if near:
+        # Only plain words can be mistyped presets: "attention.*" is an expression, and qkv a name.
+        near = difflib.get_close_matches(value.lower(), presets, n=1, cutoff=0.81)
+        if near and re.fullmatch(r"[\w -]+", value):
             return [f"{name} {value!r} is unknown: did you mean {near[0]!r}?"]
         try:
             re.compile(value)
@@ -171,7 +187,9 @@ def _pattern_problems(name: str, value: object, presets: Sequence[str]) -> list[
             return [f"{name} is not a valid regular expression: {value!r} ({error})"]
         return []
     if not _is_name_list(value):
-        return [f"{name} must be {kinds}a list of name suffixes, or a regular expression, got {value!r}"]
+        return [
+            f"{name} must be {kinds}a list of name suffixes, or a regular expression, got {value!r}"
+        ]
     return []
 
 
@@ -182,8 +200,11 @@ def _mapping_problems(name: str, value: object, accepts: Any, wanted: str) -> li
         return [f"{name} must map name patterns to {wanted}, got {value!r}"]
     problems = []
     for pattern, item in value.items():
+        if not isinstance(pattern, str):
+            problems.append(f"{name}: the name pattern {pattern!r} must be a string")
+            continue
         try:
-            re.compile(str(pattern))
+            re.compile(pattern)
         except re.error as error:
             problems.append(f"{name}: {pattern!r} is not a valid regular expression ({error})")
         if not accepts(item):

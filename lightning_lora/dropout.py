@@ -15,21 +15,24 @@ def draw_dropped(x: Tensor, p: float) -> Tensor:
     """Draw the elements of ``x`` that dropout with probability ``p`` removes, each independently.
 
     Returns:
-        Either the flat positions of the dropped elements (int64, shape ``(n,)``), or, where a dense draw is
-        cheaper or the shapes must be static, a bool mask of the shape of ``x`` that is true where the element
-        is dropped. `zero_dropped` takes both.
+        Either the flat positions of the dropped elements (int64, shape ``(n,)``), or, where a dense
+        draw is cheaper or the shapes must be static, a bool mask of the shape of ``x`` that is true
+        where the element is dropped. `zero_dropped` takes both.
     """
     dense = p > _SPARSE_LIMIT or x.device.type != "cpu" or torch.compiler.is_compiling()
     if dense or x.numel() == 0:
-        return torch.rand(x.shape, device=x.device) < p
+        # Not in the default dtype: "bf16-true" training sets that to one with coarse steps.
+        return torch.rand(x.shape, device=x.device, dtype=torch.float32) < p
     return dropped_positions(x.numel(), p)
 
 
 def dropped_positions(numel: int, p: float) -> Tensor:
-    """Positions of the successes of ``numel`` independent trials with probability ``p``, on the CPU.
+    """Positions of the successes of ``numel`` independent trials with probability ``p``, on the
+    CPU.
 
-    The gaps between successes of a Bernoulli process are geometric (Devroye, Non-Uniform Random Variate
-    Generation, 1986, section X.2): ``floor(log(1 - u) / log(1 - p))`` failures precede each success.
+    The gaps between successes of a Bernoulli process are geometric (Devroye, Non-Uniform Random
+    Variate Generation, 1986, section X.2): ``floor(log(1 - u) / log(1 - p))`` failures precede each
+    success.
 
     Args:
         numel: Number of trials.
@@ -48,7 +51,8 @@ def dropped_positions(numel: int, p: float) -> Tensor:
 
 def _successes(draws: int, p: float) -> Tensor:
     # float64: the largest gap must not be cut short by the granularity of u near 1.
-    gaps = torch.log1p(-torch.rand(draws, dtype=torch.float64)).div_(math.log1p(-p)).floor_()
+    u = torch.rand(draws, dtype=torch.float64, device="cpu")
+    gaps = torch.log1p(-u).div_(math.log1p(-p)).floor_()
     return gaps.to(torch.int64).add_(1).cumsum(0).sub_(1)
 
 

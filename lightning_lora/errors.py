@@ -1,7 +1,7 @@
 """The errors that a user can cause. Each message says what is wrong, where, and what to do.
 
-Everything the library raises for a mistake of the caller's derives from `LightningLoRAError`, so that
-the command line can print the message alone and leave tracebacks to real defects.
+Everything the library raises for a mistake of the caller's derives from `LightningLoRAError`, so
+that the command line can print the message alone and leave tracebacks to real defects.
 """
 
 

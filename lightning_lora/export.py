@@ -20,8 +20,9 @@ from lightning_lora.merging import merge_lora, unmerge_lora
 def export_model(module: LightningModule, directory: Path, trainer: Trainer) -> dict[str, Path]:
     """Write ``merged`` and ``adapter`` below a folder.
 
-    A Hugging Face model inside the LightningModule is written with ``save_pretrained``, together with the tokenizer
-    found as ``tokenizer`` on the LightningModule or its data module; any other model as one safetensors file.
+    A Hugging Face model inside the LightningModule is written with ``save_pretrained``, together
+    with the tokenizer found as ``tokenizer`` on the LightningModule or its data module; any other
+    model as one safetensors file.
 
     Args:
         module: The LightningModule that LoRA was injected into, merged or not.

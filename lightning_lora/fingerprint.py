@@ -16,9 +16,9 @@ _MODULUS = 2**64
 def fingerprint(tensors: Iterable[Tensor]) -> str:
     """A hash of values, shapes and order of tensors.
 
-    Every element counts, with a weight that depends on its position; values are first rounded to bfloat16, so
-    that a float32 base and its bfloat16 copy have the same fingerprint. Sums are exact, hence the same on every
-    device and in any order of summation.
+    Every element counts, with a weight that depends on its position; values are first rounded to
+    bfloat16, so that a float32 base and its bfloat16 copy have the same fingerprint. Sums are
+    exact, hence the same on every device and in any order of summation.
 
     Args:
         tensors: Parameters of the base, in the order of the model.
@@ -28,8 +28,10 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
 
     Example:
         >>> W = torch.arange(6.0).reshape(2, 3)
-        >>> fingerprint([W]) == fingerprint([W.bfloat16()]), fingerprint([W]) == fingerprint([W + 1])
-        (True, False)
+        >>> fingerprint([W]) == fingerprint([W.bfloat16()])
+        True
+        >>> fingerprint([W]) == fingerprint([W + 1])
+        False
     """
     digest = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
@@ -42,13 +44,16 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
 def position_sums(tensor: Tensor, offset: int = 0) -> tuple[int, int]:
     """The sum of a tensor's bfloat16 bit patterns, and the same weighted by position, modulo 2**64.
 
-    Both are additive over consecutive parts of a flattened tensor when each part is given its ``offset``.
+    Both are additive over consecutive parts of a flattened tensor when each part is given its
+    ``offset``.
 
     Args:
         tensor: Any tensor; integers count by their own values modulo 2**16.
         offset: Position of its first element in the whole.
     """
     flat = tensor.detach().reshape(-1)
+    if flat.device.type == "mps":
+        flat = flat.cpu()  # no float64 there
     plain = weighted = 0
     ramp = torch.arange(_ROW, dtype=torch.float64, device=flat.device)
     for start in range(0, flat.numel(), _ROW * _CHUNK_ROWS):
@@ -62,7 +67,9 @@ def position_sums(tensor: Tensor, offset: int = 0) -> tuple[int, int]:
         row_starts = torch.arange(rows.shape[0], device=flat.device) * _ROW
         total = int(row_sums.sum())
         plain += total
-        weighted += int((row_sums * row_starts).sum() + in_rows.sum()) + (offset + start + 1) * total
+        weighted += (
+            int((row_sums * row_starts).sum() + in_rows.sum()) + (offset + start + 1) * total
+        )
     return plain % _MODULUS, weighted % _MODULUS
 
 

@@ -21,8 +21,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def freeze(model: nn.Module, plan: Plan) -> None:
     """Let the factors and the plan's base parameters train, and nothing else.
 
-    Frozen normalisation layers with running statistics (BatchNorm) stay in evaluation mode, whatever the mode of
-    the model, so that their statistics stay those of the base. Calling it again repairs what others changed.
+    Frozen normalisation layers with running statistics (BatchNorm) stay in evaluation mode,
+    whatever the mode of the model, so that their statistics stay those of the base. Calling it
+    again repairs what others changed.
     """
     trained = {parameter.name for parameter in plan.trained}
     factors = {
@@ -39,7 +40,7 @@ def freeze(model: nn.Module, plan: Plan) -> None:
         if isinstance(module, _NormBase) and module.track_running_stats:
             trains = any(parameter.requires_grad for parameter in module.parameters())
             if not trains and not inside(clean_name(name), plan.saved_modules):
-                _add_hook(module, _hold_in_evaluation)
+                _hold_in_evaluation(module)
 
 
 def release(model: nn.Module, requires_grad: Collection[str]) -> None:
@@ -48,7 +49,8 @@ def release(model: nn.Module, requires_grad: Collection[str]) -> None:
         parameter.requires_grad_(clean_name(name) in requires_grad)
     for module in model.modules():
         if isinstance(module, _NormBase):
-            remove_hook(module, _hold_in_evaluation)
+            remove_hook(module, _enter_evaluation)
+            remove_hook(module, _leave_evaluation)
 
 
 def check_dtype(name: str | None) -> torch.dtype | None:
@@ -60,30 +62,42 @@ def check_dtype(name: str | None) -> torch.dtype | None:
     if name is None:
         return None
     if name not in DTYPES:
-        raise ConfigError(f"frozen_dtype must be null or one of {', '.join(map(repr, DTYPES))}, got {name!r}")
+        raise ConfigError(
+            f"frozen_dtype must be null or one of {', '.join(map(repr, DTYPES))}, got {name!r}"
+        )
     return DTYPES[name]
 
 
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the frozen matrices; vectors (norms, biases) and everything that trains keep their precision.
+    """Cast the frozen matrices; vectors (norms, biases) and everything that trains keep their
+    precision.
 
-    Under autocast this saves the cast of each frozen weight in every forward pass, and the copy kept for backward.
+    Under autocast this saves the cast of each frozen weight in every forward pass, and the copy
+    kept for backward.
     """
     for parameter in model.parameters():
         if not parameter.requires_grad and parameter.ndim >= 2 and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
 
 
-def _hold_in_evaluation(module: nn.Module, args: Any) -> None:
+def _hold_in_evaluation(module: nn.Module) -> None:
+    """Let a layer run in evaluation mode; its flag stays the user's between its forward passes."""
+    if _enter_evaluation not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(_enter_evaluation)
+        module.register_forward_hook(_leave_evaluation)
+
+
+def _enter_evaluation(module: nn.Module, args: Any) -> None:
+    module._lightning_lora_mode = module.training  # type: ignore[assignment]
     module.training = False
 
 
-def _add_hook(module: nn.Module, hook: Any) -> None:
-    if hook not in module._forward_pre_hooks.values():
-        module.register_forward_pre_hook(hook)
+def _leave_evaluation(module: nn.Module, args: Any, output: Any) -> None:
+    module.training = module._lightning_lora_mode  # type: ignore[assignment]
 
 
 def remove_hook(module: nn.Module, hook: Any) -> None:
-    """Take a forward pre-hook away, found by the function itself, so that no handle has to be kept."""
-    for key in [key for key, value in module._forward_pre_hooks.items() if value is hook]:
-        del module._forward_pre_hooks[key]
+    """Take a forward hook away, found by the function itself, so that no handle has to be kept."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, value in hooks.items() if value is hook]:
+            del hooks[key]

@@ -1,9 +1,10 @@
 """The mathematics of LoRA as pure functions on tensors.
 
-`lora_linear` computes ``y = x W^T + b + s * D(x) A^T B^T`` (arXiv:2106.09685, equation 3; D is dropout).
-While only the factors (and perhaps b) train, it runs as one autograd node that keeps ``x`` and the skinny
-``A D(x)^T`` and nothing of the size of the output, computes the skinny products in the transposed layout
-that BLAS libraries handle best, and folds every scale into the product that follows it.
+`lora_linear` computes ``y = x W^T + b + s * D(x) A^T B^T`` (arXiv:2106.09685, equation 3; D is
+dropout). While only the factors (and perhaps b) train, it runs as one autograd node that keeps
+``x`` and the skinny ``A D(x)^T`` and nothing of the size of the output, computes the skinny
+products in the transposed layout that BLAS libraries handle best, and folds every scale into the
+product that follows it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from lightning_lora.dropout import draw_dropped, zero_dropped, zero_dropped_
@@ -39,8 +40,8 @@ def lora_linear(
         dropout: Probability of dropping an element of the adapter's input; 0 in evaluation.
 
     Returns:
-        Tensor of shape ``(..., out)``, in the dtype that `torch.nn.functional.linear` would return, also under
-        autocast.
+        Tensor of shape ``(..., out)``, in the dtype that `torch.nn.functional.linear` would return,
+        also under autocast.
 
     Example:
         >>> x, W = torch.ones(2, 3), torch.zeros(4, 3)
@@ -61,7 +62,7 @@ def lora_linear(
 
 
 def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """The update ``s * B @ A`` of a linear weight, shape ``(out, in)``, in the dtype of the factors."""
+    """The update ``s * B @ A``, shape ``(out, in)``, in the dtype of the factors."""
     return torch.mm(B * scaling, A)
 
 
@@ -83,7 +84,7 @@ def _plain_lora_linear(
     scaling: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The formula in ordinary differentiable operations; ``scaling`` includes dropout's ``1 / (1 - p)``."""
+    """The formula in ordinary operations; ``scaling`` includes dropout's ``1 / (1 - p)``."""
     out = F.linear(x, weight, bias)
     adapter_in = x if dropped is None else zero_dropped(x, dropped)
     hidden = F.linear(adapter_in.to(dtype), A.to(dtype))
@@ -138,11 +139,11 @@ class _LoRALinear(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, A, B, hidden_t, dropped = ctx.saved_tensors
         if torch.is_grad_enabled():
-            # Double backward: hidden_t is a constant to autograd, so everything is derived again from
-            # the inputs. The bias enters linearly, so its gradient needs no input of its own.
+            # Double backward: hidden_t is a constant to autograd, so everything is derived again
+            # from the inputs. The bias enters linearly, so its gradient needs no input of its own.
             hidden_t = None
         grads = _lora_linear_grads(
             grad, x, weight, A, B, hidden_t, dropped, ctx.scaling, ctx.dtype, ctx.needs_input_grad

@@ -1,4 +1,4 @@
-"""Heads of Hugging Face models, found by the models' interface: nothing is imported from transformers."""
+"""Heads of Hugging Face models, found by their interface: transformers is not imported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_lora.matching import inside
 
 
 def _hugging_face_models(modules: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """The outermost Hugging Face models, told by their interface: transformers need not be installed."""
+    """The outermost Hugging Face models."""
     found: list[str] = []
     for name, module in modules.items():
         is_model = hasattr(module, "base_model_prefix") and hasattr(module, "get_output_embeddings")
@@ -20,7 +20,7 @@ def _hugging_face_models(modules: dict[str, nn.Module]) -> Iterator[tuple[str, n
 
 
 def _heads(modules: dict[str, nn.Module]) -> Iterator[tuple[str, bool]]:
-    """Children beside the backbone of a Hugging Face model, and whether they hold the output embeddings."""
+    """Children beside the backbone of a model; whether they hold the output embeddings."""
     for prefix, model in _hugging_face_models(modules):
         backbone = getattr(model, str(model.base_model_prefix), None)
         output = model.get_output_embeddings()  # type: ignore[operator]
@@ -34,9 +34,11 @@ def _heads(modules: dict[str, nn.Module]) -> Iterator[tuple[str, bool]]:
 
 
 def task_heads(modules: dict[str, nn.Module]) -> list[str]:
-    """Names of the heads that a Hugging Face task model adds to its backbone (``classifier``, ``qa_outputs``...).
+    """Names of the heads that a Hugging Face task model adds to its backbone (``classifier``,
+    ``qa_outputs``...).
 
-    They are newly initialised when a pretrained backbone is loaded. A language-modelling head is none of them.
+    They are newly initialised when a pretrained backbone is loaded. A language-modelling head is
+    none of them.
     """
     return [name for name, holds_output in _heads(modules) if not holds_output]
 
@@ -46,5 +48,7 @@ def output_heads(modules: dict[str, nn.Module]) -> list[str]:
     names = task_heads(modules)
     for _, model in _hugging_face_models(modules):
         output = model.get_output_embeddings()  # type: ignore[operator]
-        names += [name for name, module in modules.items() if output is not None and module is output]
+        names += [
+            name for name, module in modules.items() if output is not None and module is output
+        ]
     return names

@@ -12,6 +12,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, TargetError
 from lightning_lora.freezing import freeze
 from lightning_lora.layers import LoRAFactors, LoRALayer, adapted_class
+from lightning_lora.names import clean_name, modules_by_name, unwrap
 from lightning_lora.plan import Plan
 from lightning_lora.targeting import make_plan
 
@@ -20,15 +21,18 @@ ATTRIBUTE = "_lightning_lora"
 
 @dataclass
 class Injection:
-    """What was done to a model; kept on the model itself, so that it travels with copies and pickles.
+    """What was done to a model; kept on the model itself, so that it travels with copies and
+    pickles.
 
     Attributes:
         config: The settings.
         plan: The plan that was carried out.
         requires_grad: Names of the base parameters that required gradients before.
         buffers: Copies of the persistent buffers as they were, by name.
-        nested_tensors: Names of the `torch.nn.TransformerEncoder` modules whose nested-tensor path was on.
-        base_weights: While merged, the parameter and the exact base weight of each target; else empty.
+        nested_tensors: Names of the `torch.nn.TransformerEncoder` modules whose nested-tensor path
+            was on.
+        base_weights: While merged, the parameter and the exact base weight of each target; else
+            empty.
         merged: Whether the factors are merged into the weights.
         fingerprint: The base's fingerprint, once it was computed.
     """
@@ -48,14 +52,14 @@ def inject_lora(
 ) -> Plan:
     """Adapt a model in place and freeze the rest.
 
-    Right after it the model's output is bitwise what it was (B is zero). Injecting the same settings again does
-    nothing.
+    Right after it the model's output is bitwise what it was (B is zero). Injecting the same
+    settings again does nothing.
 
     Args:
         model: Any module.
         config: The settings; or give them as keywords (``r=8, target_modules=["fc1"]``).
-        seed: Seed of the factors' initial values; drawn from torch's global generator by default, and so
-            reproducible under `lightning.seed_everything`.
+        seed: Seed of the factors' initial values; drawn from torch's global generator by default,
+            and so reproducible under `lightning.seed_everything`.
         **settings: Fields of `LoRAConfig`.
 
     Returns:
@@ -78,40 +82,43 @@ def inject_lora(
     if earlier is not None:
         if earlier.config != config:
             raise ConfigError(
-                f"The model was adapted before with other settings ({_differences(earlier.config, config)}). Call "
-                "remove_lora(model) first."
+                "The model was adapted before with other settings "
+                f"({_differences(earlier.config, config)}). Call remove_lora(model) first."
             )
         return earlier.plan
     for name, module in model.named_modules():
         if isinstance(module, LoRALayer) or ATTRIBUTE in module.__dict__:
             raise ConfigError(
-                f"{name!r} inside the model was adapted before. Call remove_lora on the module that it was injected "
-                "into first, or let one place do the injection."
+                f"{name!r} inside the model was adapted before. Call remove_lora on the module "
+                "that it was injected into first, or let one place do the injection."
             )
     plan = make_plan(model, config)
     _refuse_sharded(model, plan)
     if seed is None:
-        seed = int(torch.randint(2**62, (1,)))
+        seed = int(torch.randint(2**62, (1,), device="cpu"))
     factors = _build_factors(model, plan, config, seed)
     record = Injection(
         config=config,
         plan=plan,
-        requires_grad=frozenset(name for name, p in model.named_parameters() if p.requires_grad),
+        requires_grad=frozenset(
+            clean_name(name) for name, p in model.named_parameters() if p.requires_grad
+        ),
         buffers={name: b.detach().clone() for name, b in persistent_buffers(model).items()},
     )
+    modules = modules_by_name(model)
     for target in plan.targets:
-        module = model.get_submodule(target.name)
+        module = modules[target.name]
         module.lora = factors[target.tied_to or target.name]
         swap_class(module)
     record.nested_tensors = _leave_fast_paths(model)
-    setattr(model, ATTRIBUTE, record)
+    setattr(unwrap(model), ATTRIBUTE, record)
     freeze(model, plan)
     return plan
 
 
 def injection_of(model: nn.Module) -> Injection | None:
     """The record of what was injected into a model, or ``None``."""
-    record = model.__dict__.get(ATTRIBUTE)
+    record = unwrap(model).__dict__.get(ATTRIBUTE)
     return record if isinstance(record, Injection) else None
 
 
@@ -124,8 +131,8 @@ def require_injection(model: nn.Module) -> Injection:
     record = injection_of(model)
     if record is None:
         raise ConfigError(
-            f"{type(model).__name__} has no LoRA. Call inject_lora on this very module first (not on a part of it or "
-            "on a module around it)."
+            f"{type(model).__name__} has no LoRA. Call inject_lora on this very module first (not "
+            "on a part of it or on a module around it)."
         )
     return record
 
@@ -134,9 +141,11 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     """The buffers that a state dict holds, by name."""
     return {
         f"{name}.{key}" if name else key: buffer
-        for name, module in model.named_modules()
+        for name, module in modules_by_name(model).items()
         for key, buffer in module._buffers.items()
-        if buffer is not None and key not in module._non_persistent_buffers_set and not buffer.is_meta
+        if buffer is not None
+        and key not in module._non_persistent_buffers_set
+        and not buffer.is_meta
     }
 
 
@@ -149,17 +158,20 @@ def swap_class(module: nn.Module) -> None:
 
 
 def restore_class(module: nn.Module) -> None:
-    """Make an adapted layer a plain layer of its original class; the factors stay where they are."""
+    """Make an adapted layer one of its original class again; its factors stay in place."""
     if isinstance(module, LoRALayer):
-        module.__class__ = module.base_class
+        module.__class__ = module.base_class  # type: ignore[assignment]
 
 
-def _build_factors(model: nn.Module, plan: Plan, config: LoRAConfig, seed: int) -> dict[str, LoRAFactors]:
+def _build_factors(
+    model: nn.Module, plan: Plan, config: LoRAConfig, seed: int
+) -> dict[str, LoRAFactors]:
     factors = {}
+    modules = modules_by_name(model)
     for target in plan.targets:
         if target.tied_to is not None:
             continue
-        module = model.get_submodule(target.name)
+        module = modules[target.name]
         weight = module.weight
         assert isinstance(weight, Tensor)
         factors[target.name] = LoRAFactors(
@@ -183,11 +195,12 @@ def _refuse_sharded(model: nn.Module, plan: Plan) -> None:
         return
     from torch.distributed.tensor import DTensor
 
+    modules = modules_by_name(model)
     for target in plan.targets:
-        if isinstance(model.get_submodule(target.name).weight, DTensor):
+        if isinstance(modules[target.name].weight, DTensor):
             raise ConfigError(
-                f"{target.name!r} is sharded already: LoRA must be injected before fully_shard, or gradients would be "
-                "wrong. Inject in configure_model before sharding."
+                f"{target.name!r} is sharded already: LoRA must be injected before fully_shard, "
+                "or gradients would be wrong. Inject in configure_model before sharding."
             )
 
 
@@ -197,7 +210,7 @@ def _leave_fast_paths(model: nn.Module) -> tuple[str, ...]:
     Their fast path reads weights instead of calling layers; a hook anywhere below it turns it off.
     """
     nested = []
-    for name, module in model.named_modules():
+    for name, module in modules_by_name(model).items():
         if not isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
             continue
         if not any(isinstance(child, LoRALayer) for child in module.modules()):
@@ -216,4 +229,6 @@ def no_fast_path(module: nn.Module, args: Any) -> None:
 
 def _differences(old: LoRAConfig, new: LoRAConfig) -> str:
     before, after = old.to_dict(), new.to_dict()
-    return ", ".join(f"{key}: {before[key]!r} -> {after[key]!r}" for key in before if before[key] != after[key])
+    return ", ".join(
+        f"{key}: {before[key]!r} -> {after[key]!r}" for key in before if before[key] != after[key]
+    )

@@ -17,7 +17,13 @@ from lightning_lora.errors import CheckpointError
 from lightning_lora.files import replacing_directory
 from lightning_lora.injection import inject_lora, injection_of
 from lightning_lora.merging import merge_lora, unmerge_lora
-from lightning_lora.peft_format import from_peft_config, from_peft_tensors, to_peft_config, to_peft_tensors
+from lightning_lora.names import modules_by_name
+from lightning_lora.peft_format import (
+    from_peft_config,
+    from_peft_tensors,
+    to_peft_config,
+    to_peft_tensors,
+)
 from lightning_lora.plan import Plan
 from lightning_lora.removal import remove_lora
 from lightning_lora.state import METADATA_KEY, audit_metadata, load_adapter_state_dict
@@ -32,8 +38,8 @@ def save_adapter(model: nn.Module, directory: str | Path, part: str = "") -> Pat
     Args:
         model: The module that LoRA was injected into, merged or not.
         directory: The folder; replaced as a whole once the new one is complete.
-        part: Path of the submodule that the adapter is meant for, for instance the Hugging Face model inside a
-            LightningModule.
+        part: Path of the submodule that the adapter is meant for, for instance the Hugging Face
+            model inside a LightningModule.
 
     Returns:
         The folder.
@@ -51,19 +57,22 @@ def save_adapter(model: nn.Module, directory: str | Path, part: str = "") -> Pat
 
 
 def load_adapter(model: nn.Module, path: str | Path, strict_base: bool = True) -> Plan:
-    """Load an adapter into a model, injecting LoRA with the adapter's own settings where the model has none.
+    """Load an adapter into a model, injecting LoRA with the adapter's own settings where the model
+    has none.
 
     Args:
-        model: The bare model, or one that was adapted with the same settings. A checkpoint of a LightningModule may
-            be loaded into the model inside it.
+        model: The bare model, or one that was adapted with the same settings. A checkpoint of a
+            LightningModule may be loaded into the model inside it.
         path: A Lightning checkpoint (``.ckpt``) of `LoRACallback`, or a folder in PEFT format.
-        strict_base: Refuse a checkpoint whose base has another fingerprint. PEFT folders record none.
+        strict_base: Refuse a checkpoint whose base has another fingerprint. PEFT folders record
+            none.
 
     Returns:
         The plan of the adapted model.
 
     Raises:
-        CheckpointError: The adapter is missing, damaged, or does not fit; the model is as it was before.
+        CheckpointError: The adapter is missing, damaged, or does not fit; the model is as it was
+            before.
     """
     config, state, metadata = _read(Path(path), model)
     fresh = injection_of(model) is None
@@ -81,7 +90,8 @@ def load_adapter(model: nn.Module, path: str | Path, strict_base: bool = True) -
 
 
 def swap_adapter(model: nn.Module, path: str | Path) -> Plan:
-    """Put another adapter in the place of the present one; a merged model is merged again, from its exact base.
+    """Put another adapter in the place of the present one; a merged model is merged again, from its
+    exact base.
 
     Args:
         model: The module that LoRA was injected into.
@@ -105,7 +115,9 @@ def swap_adapter(model: nn.Module, path: str | Path) -> Plan:
     return plan
 
 
-def _read(path: Path, model: nn.Module) -> tuple[LoRAConfig, dict[str, Tensor], Mapping[str, Any] | None]:
+def _read(
+    path: Path, model: nn.Module
+) -> tuple[LoRAConfig, dict[str, Tensor], Mapping[str, Any] | None]:
     if path.is_dir():
         return _read_peft(path)
     checkpoint = read_checkpoint(path)
@@ -122,7 +134,8 @@ def _read_peft(path: Path) -> tuple[LoRAConfig, dict[str, Tensor], None]:
         tensors = load_file(path / WEIGHTS_FILE)
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{path} is no adapter folder: it needs {CONFIG_FILE} and {WEIGHTS_FILE}, and lacks one of them."
+            f"{path} is no adapter folder: it needs {CONFIG_FILE} and {WEIGHTS_FILE}, and lacks "
+            "one of them."
         ) from error
     except (json.JSONDecodeError, SafetensorError) as error:
         raise CheckpointError(f"{path} could not be read: it is damaged ({error}).") from error
@@ -131,14 +144,18 @@ def _read_peft(path: Path) -> tuple[LoRAConfig, dict[str, Tensor], None]:
 
 
 def _common_prefix(targets: list[str], model: nn.Module, path: Path) -> str:
-    """What the names of a checkpoint have in front of the model's own, for a model out of a LightningModule."""
-    modules = {name for name, _ in model.named_modules()}
+    """What the names of a checkpoint have in front of the model's own, for a model out of a
+    LightningModule.
+    """
+    modules = modules_by_name(model)
     parts = targets[0].split(".")
     for depth in range(len(parts)):
         prefix = "".join(f"{part}." for part in parts[:depth])
-        if all(name.startswith(prefix) and name.removeprefix(prefix) in modules for name in targets):
+        if all(
+            name.startswith(prefix) and name.removeprefix(prefix) in modules for name in targets
+        ):
             return prefix
     raise CheckpointError(
-        f"{path} adapts layers that {type(model).__name__} does not have, for instance {targets[0]!r}. Load it into the "
-        "model that it was trained on."
+        f"{path} adapts layers that {type(model).__name__} does not have, for instance "
+        f"{targets[0]!r}. Load it into the model that it was trained on."
     )

@@ -20,15 +20,16 @@ def load_lightning_module(
 ) -> M:
     """Build a LightningModule, inject LoRA with the checkpoint's settings and load the adapter.
 
-    ``LightningModule.load_from_checkpoint`` cannot do this: it runs no callbacks, so the adapter's keys would be
-    unexpected, or with ``strict=False`` silently left out. The model may be built in ``__init__``, in
-    ``setup`` (called with ``"predict"``) or in ``configure_model``.
+    ``LightningModule.load_from_checkpoint`` cannot do this: it runs no callbacks, so the adapter's
+    keys would be unexpected, or with ``strict=False`` silently left out. The model may be built in
+    ``__init__``, in ``setup`` (called with ``"predict"``) or in ``configure_model``.
 
     Args:
         cls: The class of the LightningModule.
         checkpoint_path: A checkpoint that `LoRACallback` wrote.
         merge: Merge the adapter, so that inference runs through plain layers.
-        **hyperparameters: Arguments of ``cls``, over those saved in the checkpoint by ``save_hyperparameters``.
+        **hyperparameters: Arguments of ``cls``, over those saved in the checkpoint by
+            ``save_hyperparameters``.
 
     Returns:
         The module on the CPU, in evaluation mode.

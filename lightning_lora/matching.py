@@ -8,10 +8,25 @@ from collections.abc import Iterable
 
 # Last components of the names of W_q and W_v in the architectures whose projections stand apart.
 QUERY_VALUE_NAMES = frozenset(
-    ("query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "query_proj", "value_proj", "q", "v", "wq", "wv")
+    (
+        "query",
+        "value",
+        "q_proj",
+        "v_proj",
+        "q_lin",
+        "v_lin",
+        "query_proj",
+        "value_proj",
+        "q",
+        "v",
+        "wq",
+        "wv",
+    )
 )
 # Last components of projections that hold W_q, W_k and W_v (or W_q and W_kv) in one weight.
-FUSED_NAMES = frozenset(("c_attn", "qkv", "qkv_proj", "query_key_value", "Wqkv", "in_proj", "to_qkv"))
+FUSED_NAMES = frozenset(
+    ("c_attn", "qkv", "qkv_proj", "query_key_value", "Wqkv", "in_proj", "to_qkv")
+)
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
@@ -36,9 +51,9 @@ def inside(name: str, containers: Iterable[str]) -> bool:
 
 
 def key_matches(key: str, name: str) -> bool:
-    """Whether a key of ``rank_pattern`` or ``alpha_pattern`` fits: a regex for the end of the name (as in PEFT).
+    r"""Whether a key of ``rank_pattern`` fits: a regex for the end of the name, as in PEFT.
 
-    >>> key_matches(r"layer\\.[01]\\.query", "encoder.layer.1.query")
+    >>> key_matches(r"layer\.[01]\.query", "encoder.layer.1.query")
     True
     """
     return re.fullmatch(rf"(?:.*\.)?(?:{key})", name) is not None
@@ -54,7 +69,7 @@ def pattern_matches(patterns: str | Iterable[str], name: str) -> list[str]:
 def in_attention(name: str) -> bool:
     """Whether a component of the module's path names an attention block.
 
-    >>> in_attention("encoder.layer.0.attention.output.dense"), in_attention("encoder.layer.0.output.dense")
+    >>> in_attention("layer.0.attention.output.dense"), in_attention("layer.0.output.dense")
     (True, False)
     """
     return any(_ATTENTION.search(component) for component in name.split(".")[:-1])

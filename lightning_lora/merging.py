@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import ConfigError
 from lightning_lora.injection import Injection, require_injection, restore_class, swap_class
 from lightning_lora.layers import LoRALayer
+from lightning_lora.names import modules_by_name
 from lightning_lora.plan import Target
 
 
@@ -15,10 +16,10 @@ from lightning_lora.plan import Target
 def merge_lora(model: nn.Module) -> None:
     """Merge in place, ``W = W0 + s B A``, layer by layer; adapted layers become plain layers again.
 
-    The exact base weights are kept (on the CPU for weights on an accelerator), so `unmerge_lora` gives them back
-    bit for bit. The factors stay in the model but leave its state dict, so that ``save_pretrained`` writes a plain
-    model. Merging a merged model does nothing. A weight that another module shares (a tied head) is untied first,
-    so that only the adapted layer changes.
+    The exact base weights are kept (on the CPU for weights on an accelerator), so `unmerge_lora`
+    gives them back bit for bit. The factors stay in the model but leave its state dict, so that
+    ``save_pretrained`` writes a plain model. Merging a merged model does nothing. A weight that
+    another module shares (a tied head) is untied first, so that only the adapted layer changes.
 
     Args:
         model: The module that LoRA was injected into.
@@ -30,17 +31,18 @@ def merge_lora(model: nn.Module) -> None:
     if record.merged:
         return
     _refuse_non_finite(model, record)
+    modules = modules_by_name(model)
     shared = _shared_parameters(model, record)
     for target in record.plan.targets:
-        module = model.get_submodule(target.name)
+        module = modules[target.name]
         assert isinstance(module, LoRALayer)
         if target.tied_to is None:
             _merge_layer(module, target, record, id(module.weight) in shared)
     # In a second pass: layers that share factors are merged through the first of them.
     for target in record.plan.targets:
-        module = model.get_submodule(target.name)
+        module = modules[target.name]
         if target.tied_to is not None:
-            module._parameters["weight"] = model.get_submodule(target.tied_to)._parameters["weight"]
+            module._parameters["weight"] = modules[target.tied_to]._parameters["weight"]
         module.lora.hidden = True  # type: ignore[union-attr]
         restore_class(module)
     record.merged = True
@@ -48,7 +50,8 @@ def merge_lora(model: nn.Module) -> None:
 
 @torch.no_grad()
 def unmerge_lora(model: nn.Module) -> None:
-    """Undo `merge_lora`: the base weights are bitwise those from before the merge. Without a merge, nothing.
+    """Undo `merge_lora`: the base weights are bitwise those from before the merge. Without a merge,
+    nothing.
 
     Args:
         model: The module that LoRA was injected into.
@@ -59,8 +62,9 @@ def unmerge_lora(model: nn.Module) -> None:
     record = require_injection(model)
     if not record.merged:
         return
+    modules = modules_by_name(model)
     for target in record.plan.targets:
-        module = model.get_submodule(target.name)
+        module = modules[target.name]
         parameter, before = record.base_weights[target.tied_to or target.name]
         merged = module._parameters["weight"]
         assert merged is not None
@@ -77,36 +81,44 @@ def _merge_layer(module: LoRALayer, target: Target, record: Injection, shared: b
     assert parameter is not None
     before = parameter.detach()
     delta = module.delta_weight()
-    # Summed in the wider dtype and rounded once; the old tensor is left as it is and becomes the snapshot.
+    # Summed in the wider dtype and rounded once; the old tensor is left as it is and becomes the
+    # snapshot.
     after = (before.to(delta.dtype) + delta).to(before.dtype)
     if shared:
         module._parameters["weight"] = nn.Parameter(after, requires_grad=parameter.requires_grad)
     else:
         parameter.data = after
-    record.base_weights[target.name] = (parameter, before if before.device.type == "cpu" else before.cpu())
+    record.base_weights[target.name] = (
+        parameter,
+        before if before.device.type == "cpu" else before.cpu(),
+    )
 
 
 def _shared_parameters(model: nn.Module, record: Injection) -> set[int]:
     """Weights of targets that a module outside the targets uses too."""
-    targets = {target.name for target in record.plan.targets}
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name.rpartition(".")[0])
     modules = dict(model.named_modules(remove_duplicate=False))
-    owned = {id(modules[name]) for name in targets}
+    adapted = modules_by_name(model)
+    owned = {id(adapted[target.name]) for target in record.plan.targets}
     return {
-        key for key, owners in names.items() if len(owners) > 1 and any(id(modules[o]) not in owned for o in owners)
+        key
+        for key, owners in names.items()
+        if len(owners) > 1 and any(id(modules[o]) not in owned for o in owners)
     }
 
 
 def _refuse_non_finite(model: nn.Module, record: Injection) -> None:
+    modules = modules_by_name(model)
     for target in record.plan.targets:
-        lora = model.get_submodule(target.name).lora
+        lora = modules[target.name].lora
         for factor in ("A", "B"):
             value = getattr(lora, factor)
             assert isinstance(value, Tensor)
             if not bool(torch.isfinite(value).all()):
                 raise ConfigError(
-                    f"Not merged: {target.name}.lora.{factor} holds NaN or infinity, so training diverged. Nothing was "
-                    "changed. Resume from an earlier checkpoint with a lower learning rate."
+                    f"Not merged: {target.name}.lora.{factor} holds NaN or infinity, so training "
+                    "diverged. Nothing was changed. Resume from an earlier checkpoint with a "
+                    "lower learning rate."
                 )

@@ -1,17 +1,31 @@
-"""Names of parameters, free of what wrappers put into them."""
+"""Names of parameters and modules, free of what wrappers put into them."""
 
 from __future__ import annotations
 
-# torch.compile, activation checkpointing and FSDP1 each put a level of their own into the names below them.
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+from torch import nn
+
+# torch.compile, activation checkpointing and FSDP1 each put a level of their own into names.
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def clean_name(name: str) -> str:
-    """The name a parameter or module has without wrappers around any of its ancestors.
+    """The name a parameter or module has without wrappers around it or any of its ancestors.
 
     >>> clean_name("model._orig_mod.layer.weight")
     'model.layer.weight'
     """
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module once, under its clean name; in the place of a wrapper stands what it wraps."""
+    return {clean_name(name): module for name, module in model.named_modules()}
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """What the wrappers around a module wrap, or the module itself."""
+    while inner := next(
+        (module._modules[key] for key in _WRAPPERS if key in module._modules), None
+    ):
+        module = inner
+    return module

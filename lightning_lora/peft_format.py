@@ -12,6 +12,8 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError
 from lightning_lora.injection import require_injection
 from lightning_lora.matching import key_matches, suffix_matches
+from lightning_lora.names import modules_by_name
+from lightning_lora.plan import Target
 from lightning_lora.state import adapter_state_dict
 
 _PREFIX = "base_model.model."
@@ -39,7 +41,8 @@ def to_peft_tensors(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
 
     Args:
         model: The module that LoRA was injected into.
-        prefix: Path of the part that PEFT will know as the model, with a trailing dot (``"model."``).
+        prefix: Path of the part that PEFT will know as the model, with a trailing dot
+            (``"model."``).
 
     Raises:
         CheckpointError: Part of the state lies outside that part, or is nothing that PEFT stores.
@@ -49,12 +52,15 @@ def to_peft_tensors(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     tied = [target.name for target in plan.targets if target.tied_to is not None]
     if tied:
         raise CheckpointError(
-            f"PEFT cannot express factors that tied layers share ({tied[0]}). Leave one of them out with exclude_modules."
+            f"PEFT cannot express factors that tied layers share ({tied[0]}). Leave one of them "
+            "out with exclude_modules."
         )
     tensors = {}
     for name, tensor in adapter_state_dict(model).items():
         if not name.startswith(prefix):
-            raise CheckpointError(f"{name} is trained but lies outside {prefix.rstrip('.')!r}, which is exported.")
+            raise CheckpointError(
+                f"{name} is trained but lies outside {prefix.rstrip('.')!r}, which is exported."
+            )
         owner, _, leaf = name.rpartition(".")
         if owner.endswith(".lora") and owner.removesuffix(".lora") in adapted:
             key = f"{owner.removesuffix('.lora')}.lora_{leaf}.weight"
@@ -77,17 +83,25 @@ def to_peft_config(model: nn.Module, prefix: str = "") -> dict[str, Any]:
         owner = parameter.name.rpartition(".")[0].removeprefix(prefix)
         if parameter.reason in ("norm", "embedding") and owner not in whole:
             whole.append(owner)
+
+    def key(target: Target) -> str:
+        # PEFT matches a key as a regular expression for the end of a name; the ^ makes it the whole.
+        return "^" + re.escape(target.name.removeprefix(prefix))
+
     return {
         "peft_type": "LORA",
-        "task_type": next((t for s, t in _TASK_TYPES.items() if type(part).__name__.endswith(s)), None),
-        "base_model_name_or_path": getattr(getattr(part, "config", None), "_name_or_path", None) or None,
+        "task_type": next(
+            (t for s, t in _TASK_TYPES.items() if type(part).__name__.endswith(s)), None
+        ),
+        "base_model_name_or_path": getattr(getattr(part, "config", None), "_name_or_path", None)
+        or None,
         "inference_mode": True,
         "r": config.r,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
         "target_modules": _short_names(part, names),
-        "rank_pattern": {t.name.removeprefix(prefix): t.r for t in plan.targets if t.r != config.r},
-        "alpha_pattern": {t.name.removeprefix(prefix): t.alpha for t in plan.targets if t.alpha != config.alpha},
+        "rank_pattern": {key(t): t.r for t in plan.targets if t.r != config.r},
+        "alpha_pattern": {key(t): t.alpha for t in plan.targets if t.alpha != config.alpha},
         "bias": config.bias,
         "use_rslora": config.use_rslora,
         "use_dora": False,
@@ -97,11 +111,13 @@ def to_peft_config(model: nn.Module, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def from_peft_config(values: Mapping[str, Any], state: Mapping[str, Tensor], source: str) -> LoRAConfig:
+def from_peft_config(
+    values: Mapping[str, Any], state: Mapping[str, Tensor], source: str
+) -> LoRAConfig:
     """The settings that an ``adapter_config.json`` of PEFT means here.
 
-    PEFT lets patterns match nothing, and often writes such patterns; only what the adapter's tensors bear out is
-    taken over.
+    PEFT lets patterns match nothing, and often writes such patterns; only what the adapter's
+    tensors bear out is taken over.
 
     Args:
         values: The parsed file.
@@ -109,10 +125,13 @@ def from_peft_config(values: Mapping[str, Any], state: Mapping[str, Tensor], sou
         source: What to call the adapter in errors.
 
     Raises:
-        CheckpointError: The adapter is of another kind, or uses what is not supported, with the reason.
+        CheckpointError: The adapter is of another kind, or uses what is not supported, with the
+            reason.
     """
     if values.get("peft_type") != "LORA":
-        raise CheckpointError(f"{source} is a {values.get('peft_type')} adapter of PEFT; only LORA can be loaded.")
+        raise CheckpointError(
+            f"{source} is a {values.get('peft_type')} adapter of PEFT; only LORA can be loaded."
+        )
     used = [name for name in _UNSUPPORTED if values.get(name)]
     if used:
         raise CheckpointError(f"{source} uses {', '.join(used)} of PEFT, which is not supported.")
@@ -149,7 +168,11 @@ def _ancestors(name: str) -> list[str]:
 
 
 def _used_keys(pattern: Mapping[str, Any] | None, names: list[str]) -> dict[str, Any] | None:
-    used = {key: value for key, value in (pattern or {}).items() if any(key_matches(key, n) for n in names)}
+    used = {
+        key: value
+        for key, value in (pattern or {}).items()
+        if any(key_matches(key, n) for n in names)
+    }
     return used or None
 
 
@@ -157,7 +180,8 @@ def from_peft_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An adapter's state under this project's names."""
     state = {}
     for key, tensor in tensors.items():
-        # With bias="all" PEFT writes the biases of wrapped modules under their wrappers' names once more.
+        # With bias="all" PEFT writes the biases of wrapped modules under their wrappers' names once
+        # more.
         if ".modules_to_save." in key or ".original_module." in key:
             continue
         name = key.removeprefix(_PREFIX)
@@ -168,7 +192,11 @@ def from_peft_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _short_names(model: nn.Module, names: list[str]) -> list[str]:
-    """The last components of the names if PEFT would match exactly those layers with them, else the full names."""
+    """The last components of the names if PEFT would match exactly those layers with them, else the
+    full names.
+    """
     suffixes = sorted({name.rsplit(".", 1)[-1] for name in names})
-    matched = {name for name, _ in model.named_modules() if any(suffix_matches(s, name) for s in suffixes)}
+    matched = {
+        name for name in modules_by_name(model) if any(suffix_matches(s, name) for s in suffixes)
+    }
     return suffixes if matched == set(names) else sorted(names)

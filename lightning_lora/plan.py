@@ -44,7 +44,13 @@ class Target:
 
 @dataclass(frozen=True)
 class TrainedParameter:
-    """A base parameter that trains in place, and why: ``"bias"``, ``"norm"``, ``"embedding"`` or ``"whole"``."""
+    """A base parameter that trains in place.
+
+    Attributes:
+        name: Full name.
+        numel: Number of elements.
+        reason: ``"bias"``, ``"norm"``, ``"embedding"`` or ``"whole"``.
+    """
 
     name: str
     numel: int
@@ -59,7 +65,8 @@ class Plan:
         targets: The layers to adapt.
         trained: The base parameters that train in place.
         saved_modules: Names of the modules that train whole.
-        matches: How many layers each pattern of the settings matched, as ``(setting, pattern, count)``.
+        matches: How many layers each pattern of the settings matched, as ``(setting,
+            pattern, count)``.
         skipped: Layers that a preset leaves out, as ``(name, reason)``.
         base_parameters: Number of parameters before injection.
     """
@@ -94,26 +101,27 @@ class Plan:
         return counts
 
     def __rich__(self) -> Table:
+        from rich.markup import escape
         from rich.table import Table
 
         table = Table(title="LoRA", title_justify="left", show_header=False, pad_edge=False)
-        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
         table.add_column(justify="right", no_wrap=True)
         table.add_column(overflow="fold")
         for setting, pattern, count in self.matches:
-            table.add_row(f"{setting} {pattern}", f"{count:,}", "modules matched")
+            table.add_row(escape(f"{setting} {pattern}"), f"{count:,}", "modules matched")
         table.add_section()
         for (kind, r, alpha), count in _grouped(self.targets).items():
             table.add_row(f"{kind}, r={r}, alpha={alpha:g}", f"{count:,}", "layers adapted")
         for reason, count in Counter(reason for _, reason in self.skipped).items():
             names = [name for name, why in self.skipped if why == reason]
-            table.add_row("left alone", f"{count:,}", f"{reason} ({_some(names)})")
+            table.add_row("left alone", f"{count:,}", escape(f"{reason} ({_some(names)})"))
         table.add_section()
         labels = {
             "bias": "biases",
             "norm": "norms",
             "embedding": "embeddings",
-            "whole": f"trained whole ({_some(list(self.saved_modules))})",
+            "whole": escape(f"trained whole ({_some(list(self.saved_modules))})"),
         }
         table.add_row("parameters", f"{self.lora_parameters:,}", "LoRA factors")
         for reason, count in self.counts().items():
@@ -127,7 +135,7 @@ class Plan:
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(width=100, color_system=None)
+        console = Console(width=100, color_system=None, force_jupyter=False)
         with console.capture() as capture:
             console.print(self)
         return capture.get()

@@ -7,26 +7,30 @@ from torch import nn
 from lightning_lora.freezing import release, remove_hook
 from lightning_lora.injection import ATTRIBUTE, no_fast_path, require_injection, restore_class
 from lightning_lora.merging import unmerge_lora
+from lightning_lora.names import modules_by_name, unwrap
 
 
 def remove_lora(model: nn.Module) -> None:
-    """Undo `inject_lora`: the same classes, the same module and parameter objects, the same state-dict keys.
+    """Undo `inject_lora`: the same classes, the same module and parameter objects, the same
+    state-dict keys.
 
-    A merged model is unmerged first. Base parameters that were trained in place keep their trained values.
+    A merged model is unmerged first. Base parameters that were trained in place keep their trained
+    values.
 
     Raises:
         ConfigError: The model has no LoRA.
     """
     record = require_injection(model)
     unmerge_lora(model)
+    modules = modules_by_name(model)
     for target in record.plan.targets:
-        module = model.get_submodule(target.name)
+        module = modules[target.name]
         restore_class(module)
         del module.lora
-    for module in model.modules():
+    for module in modules.values():
         if isinstance(module, nn.TransformerEncoderLayer):
             remove_hook(module, no_fast_path)
     for name in record.nested_tensors:
-        model.get_submodule(name).use_nested_tensor = True  # type: ignore[assignment]
+        modules[name].use_nested_tensor = True  # type: ignore[assignment]
     release(model, record.requires_grad)
-    delattr(model, ATTRIBUTE)
+    delattr(unwrap(model), ATTRIBUTE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import CheckpointError, ConfigError
 from lightning_lora.fingerprint import fingerprint
 from lightning_lora.injection import Injection, persistent_buffers, require_injection
-from lightning_lora.names import clean_name
+from lightning_lora.names import clean_name, modules_by_name
 
 FORMAT_VERSION = 1
 METADATA_KEY = "lightning_lora"
@@ -20,10 +20,10 @@ _SHAPING = ("bias", "train_layer_norms", "train_embeddings")
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The trained state and nothing else: factors, trained base parameters, and the buffers that go with them.
+    """The trained state alone: factors, trained base parameters, and the buffers that go with them.
 
-    Buffers count if their module trains (a BatchNorm in ``modules_to_save``) or if they changed since the
-    injection. A merged model gives the same state as before the merge.
+    Buffers count if their module trains (a BatchNorm in ``modules_to_save``) or if they changed
+    since the injection. A merged model gives the same state as before the merge.
 
     Args:
         model: The module that LoRA was injected into.
@@ -37,14 +37,16 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     record = require_injection(model)
     state = {name: parameter.detach() for name, parameter in _trained(model, record).items()}
     required = _required_buffers(model, record)
-    for name, buffer in _buffers(model).items():
+    for name, buffer in persistent_buffers(model).items():
         before = record.buffers.get(name)
-        if name in required or before is None or not torch.equal(before, buffer.to(before.device)):
+        if name in required or before is None or not _same(before, buffer):
             state[name] = buffer.detach()
     return state
 
 
-def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], source: str = "the adapter") -> None:
+def load_adapter_state_dict(
+    model: nn.Module, state: Mapping[str, Tensor], source: str = "the adapter"
+) -> None:
     """Load what `adapter_state_dict` gave, all of it or nothing.
 
     Args:
@@ -58,9 +60,11 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], sourc
     """
     record = require_injection(model)
     if record.merged:
-        raise ConfigError("The model is merged. Call unmerge_lora(model) before loading, or use swap_adapter.")
+        raise ConfigError(
+            "The model is merged. Call unmerge_lora(model) before loading, or use swap_adapter."
+        )
     audit_state(model, state, source)
-    buffers = _buffers(model)
+    buffers = persistent_buffers(model)
     with torch.no_grad():
         for name, tensor in {**_trained(model, record), **buffers}.items():
             if name in state:
@@ -76,8 +80,8 @@ def audit_state(model: nn.Module, state: Mapping[str, Tensor], source: str = "th
         CheckpointError: What is missing, unexpected or of another shape, and what to do about it.
     """
     record = require_injection(model)
-    expected = dict(_trained(model, record))
-    buffers = _buffers(model)
+    expected: dict[str, Tensor] = dict(_trained(model, record))
+    buffers = persistent_buffers(model)
     expected.update({name: buffers[name] for name in _required_buffers(model, record)})
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected and name not in buffers]
@@ -89,45 +93,49 @@ def audit_state(model: nn.Module, state: Mapping[str, Tensor], source: str = "th
     ]
     if not (missing or unexpected or misshapen):
         return
-    if not any(".lora." in name for name in state):
+    if unexpected and not any(".lora." in name for name in state):
         raise CheckpointError(
-            f"{source} holds {len(state)} tensors and no LoRA factors: it is a full-model checkpoint, not an adapter. "
-            "Load it into the model before LoRA is injected (for instance in the LightningModule's __init__), and "
-            "give ckpt_path an adapter checkpoint."
+            f"{source} holds {len(state)} tensors and no LoRA factors: it is a full-model "
+            "checkpoint, not an adapter. Load it into the model before LoRA is injected (for "
+            "instance in the LightningModule's __init__), and give ckpt_path an adapter "
+            "checkpoint."
         )
     lines = [
         f"\n  {label}: {_listed(names)}"
-        for label, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshapen))
+        for label, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("wrong shape", misshapen),
+        )
         if names
     ]
     raise CheckpointError(
-        f"{source} does not fit the model; nothing was loaded.{''.join(lines)}\n  Use the LoRA settings and the model "
-        "that it was saved with."
+        f"{source} does not fit the model; nothing was loaded.{''.join(lines)}\n  Use the LoRA "
+        "settings and the model that it was saved with."
     )
 
 
 def base_fingerprint(model: nn.Module) -> str:
     """The fingerprint of the frozen base, computed once and kept.
 
-    Trained parameters are left out: they differ between a fresh model and a trained one. So are names, which
-    differ between a model and the LightningModule around it.
+    Trained parameters are left out: they differ between a fresh model and a trained one. So are
+    names, which differ between a model and the LightningModule around it.
     """
     record = require_injection(model)
     if record.fingerprint is None:
-        trained = {id(parameter) for parameter in _trained(model, record).values()}
-        originals = {id(parameter): before for parameter, before in record.base_weights.values()}
-        frozen = (p for p in model.parameters() if id(p) not in trained)
-        record.fingerprint = fingerprint(originals.get(id(p), p) for p in frozen)
+        record.fingerprint = fingerprint(_frozen(model, record))
     return record.fingerprint
 
 
 def checkpoint_metadata(model: nn.Module) -> dict[str, Any]:
-    """What a checkpoint says about its adapter, in primitives: format version, settings, targets and base."""
+    """What a checkpoint says about its adapter, in primitives."""
     record = require_injection(model)
     return {
         "version": FORMAT_VERSION,
         "config": record.config.to_dict(),
-        "targets": {t.name: {"r": t.r, "alpha": t.alpha, "scaling": t.scaling} for t in record.plan.targets},
+        "targets": {
+            t.name: {"r": t.r, "alpha": t.alpha, "scaling": t.scaling} for t in record.plan.targets
+        },
         "base": {
             "fingerprint": base_fingerprint(model),
             "name_or_path": _name_or_path(model),
@@ -136,7 +144,9 @@ def checkpoint_metadata(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def audit_metadata(model: nn.Module, metadata: Mapping[str, Any], source: str = "the adapter") -> None:
+def audit_metadata(
+    model: nn.Module, metadata: Mapping[str, Any], source: str = "the adapter"
+) -> None:
     """Compare a checkpoint's settings, targets and base with the model's.
 
     Raises:
@@ -145,28 +155,37 @@ def audit_metadata(model: nn.Module, metadata: Mapping[str, Any], source: str = 
     here = checkpoint_metadata(model)
     if int(metadata.get("version", 0)) > FORMAT_VERSION:
         raise CheckpointError(
-            f"{source} was written in format {metadata['version']} by a newer lightning-lora; this version reads up to "
-            f"{FORMAT_VERSION}. Upgrade lightning-lora."
+            f"{source} was written in format {metadata['version']} by a newer lightning-lora; "
+            f"this version reads up to {FORMAT_VERSION}. Upgrade lightning-lora."
         )
+    theirs, ours = metadata["base"], here["base"]
+    same_base = theirs["fingerprint"] == ours["fingerprint"]
     differences = list(_config_differences(metadata, here))
+    if not same_base and not differences:
+        # What trains whole is no part of the base, so another choice gives another fingerprint.
+        differences += _setting_differences(metadata, here, ("modules_to_save",))
     if differences:
         raise CheckpointError(
             f"{source} was trained with other LoRA settings; nothing was loaded.\n  "
             + "\n  ".join(differences)
             + "\n  Set them as they were in the checkpoint, or start a new run without it."
         )
-    theirs, ours = metadata["base"], here["base"]
-    if theirs["fingerprint"] != ours["fingerprint"]:
+    if not same_base:
         raise CheckpointError(
-            f"{source} was trained on another base model; nothing was loaded.\n  checkpoint: {_base(theirs)}\n  model: "
-            f"     {_base(ours)}\n  Give the model the base weights that the adapter was trained on."
+            f"{source} was trained on another base model; nothing was loaded.\n  checkpoint: "
+            f"{_base(theirs)}\n  model:      {_base(ours)}\n  Give the model the base weights "
+            "that the adapter was trained on."
         )
 
 
 def _config_differences(metadata: Mapping[str, Any], here: Mapping[str, Any]) -> Iterable[str]:
     theirs, ours = metadata["targets"], here["targets"]
     for key in ("r", "alpha", "scaling"):
-        pairs = {(theirs[n][key], ours[n][key]) for n in theirs if n in ours and theirs[n][key] != ours[n][key]}
+        pairs = {
+            (theirs[n][key], ours[n][key])
+            for n in theirs
+            if n in ours and theirs[n][key] != ours[n][key]
+        }
         for old, new in sorted(pairs):
             yield f"{key}: {old} in the checkpoint, {new} now"
     only_theirs = [name for name in theirs if name not in ours]
@@ -175,7 +194,13 @@ def _config_differences(metadata: Mapping[str, Any], here: Mapping[str, Any]) ->
         yield f"target_modules: adapted in the checkpoint alone: {_listed(only_theirs)}"
     if only_ours:
         yield f"target_modules: adapted here alone: {_listed(only_ours)}"
-    for key in _SHAPING:
+    yield from _setting_differences(metadata, here, _SHAPING)
+
+
+def _setting_differences(
+    metadata: Mapping[str, Any], here: Mapping[str, Any], settings: Iterable[str]
+) -> Iterator[str]:
+    for key in settings:
         old, new = metadata["config"].get(key), here["config"][key]
         if old != new:
             yield f"{key}: {old!r} in the checkpoint, {new!r} now"
@@ -190,13 +215,30 @@ def _trained(model: nn.Module, record: Injection) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in cleaned if name in names}
 
 
-def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    return {clean_name(name): buffer for name, buffer in persistent_buffers(model).items()}
+def _frozen(model: nn.Module, record: Injection) -> Iterator[Tensor]:
+    """The frozen base in the order of the model, as it is without a merge."""
+    trained = {id(parameter) for parameter in _trained(model, record).values()}
+    modules = modules_by_name(model)
+    # While merged, the weight of a layer may be a parameter of its own, untied from the original.
+    originals = {
+        id(modules[name].weight): original for name, original in record.base_weights.items()
+    }
+    seen = set(trained)
+    for parameter in model.parameters():
+        original, value = originals.get(id(parameter), (parameter, parameter))
+        if id(original) not in seen and id(parameter) not in trained:
+            seen.add(id(original))
+            yield value
+
+
+def _same(before: Tensor, now: Tensor) -> bool:
+    # A conversion of the whole model (.to(bfloat16)) is no change of the buffer.
+    return torch.equal(before.to(now.dtype), now.to(before.device))
 
 
 def _required_buffers(model: nn.Module, record: Injection) -> set[str]:
     owners = {name.rpartition(".")[0] for name in (p.name for p in record.plan.trained)}
-    return {name for name in _buffers(model) if name.rpartition(".")[0] in owners}
+    return {name for name in persistent_buffers(model) if name.rpartition(".")[0] in owners}
 
 
 def _name_or_path(model: nn.Module) -> str:
@@ -210,7 +252,8 @@ def _name_or_path(model: nn.Module) -> str:
 
 def _base(base: Mapping[str, Any]) -> str:
     fingerprint = str(base["fingerprint"])
-    return f"{base['name_or_path']} ({base['parameters']:,} parameters, fingerprint {fingerprint[:12]})"
+    size = f"{base['parameters']:,} parameters"
+    return f"{base['name_or_path']} ({size}, fingerprint {fingerprint[:12]})"
 
 
 def _listed(names: list[str], limit: int = 5) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import TargetError
@@ -20,8 +22,10 @@ from lightning_lora.matching import (
     suffix_matches,
     suggest,
 )
+from lightning_lora.names import clean_name, modules_by_name
 from lightning_lora.plan import Plan, Target, TrainedParameter
 
+N = TypeVar("N", int, float)
 _NORM_TYPES = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
 
@@ -33,9 +37,11 @@ def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
         config: The settings.
 
     Raises:
-        TargetError: A pattern matched nothing (with the nearest names), or a layer that cannot be adapted.
+        TargetError: A pattern matched nothing (with the nearest names), or a layer that cannot be
+            adapted.
     """
-    modules = dict(model.named_modules())
+    _refuse_lazy(model)
+    modules = modules_by_name(model)
     saved = _saved_modules(modules, config)
     names, matches, skipped = _target_names(modules, config, saved)
     targets = tuple(_targets(modules, names, config))
@@ -43,7 +49,7 @@ def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
     matches += _key_counts("alpha_pattern", config.alpha_pattern, names)
     return Plan(
         targets=targets,
-        trained=tuple(_trained_parameters(model, modules, config, saved, set(names))),
+        trained=tuple(_trained_parameters(model, config, saved, set(names))),
         saved_modules=saved,
         matches=tuple(matches),
         skipped=tuple(skipped),
@@ -61,26 +67,36 @@ def _target_names(
     wanted = config.target_modules
     if wanted in ("all-linear", "qv", "attention"):
         heads = output_heads(modules)
-        chosen = [name for name in adaptable if _in_preset(str(wanted), name) and not inside(name, heads)]
-        skipped += [(name, why) for name, why in obstacles.items() if why and why.startswith("projects")]
         if wanted == "qv":
-            _refuse_fused(modules)
+            _refuse_fused(modules, config)
+        asked = [
+            name for name in modules if _in_preset(str(wanted), name) and not inside(name, heads)
+        ]
+        chosen = [name for name in asked if obstacles[name] is None]
+        skipped += [
+            (name, str(obstacles[name]))
+            for name in asked
+            if obstacles[name] is not None and isinstance(modules[name], nn.Linear)
+        ]
         if not chosen:
+            hint = suggest("query", adaptable)
+            if skipped:
+                hint = f"{skipped[0][0]!r} cannot be adapted: {skipped[0][1]}."
             raise TargetError(
-                f"target_modules={wanted!r} matched no layer. {suggest('query', adaptable)} "
+                f"target_modules={wanted!r} matched no layer. {hint} "
                 f"Name the layers to adapt, for instance target_modules=['fc1', 'fc2']. "
                 f"Supported layer types: {', '.join(supported_layers())}."
             )
         matches.append(("target_modules", str(wanted), len(chosen)))
     else:
-        chosen = _explicit(modules, config, obstacles, adaptable, matches)
+        chosen = _explicit(modules, config, saved, obstacles, adaptable, matches)
     if config.exclude_modules is not None:
-        chosen = _without_excluded(chosen, config, matches)
+        chosen = _without_excluded(modules, chosen, config, matches)
     chosen = [name for name in chosen if not inside(name, saved)]
     if not chosen:
         raise TargetError(
-            f"No layer is left to adapt: target_modules={wanted!r} matched only layers that exclude_modules or "
-            "modules_to_save take away."
+            f"No layer is left to adapt: target_modules={wanted!r} matched only layers that "
+            "exclude_modules or modules_to_save take away."
         )
     return chosen, matches, skipped
 
@@ -94,6 +110,7 @@ def _in_preset(preset: str, name: str) -> bool:
 def _explicit(
     modules: dict[str, nn.Module],
     config: LoRAConfig,
+    saved: tuple[str, ...],
     obstacles: dict[str, str | None],
     adaptable: list[str],
     matches: list[tuple[str, str, int]],
@@ -108,14 +125,23 @@ def _explicit(
     for pattern, names in found.items():
         good = [name for name in names if obstacles[name] is None]
         # A pattern may also run over the containers around the layers it means.
-        bad = [name for name in names if obstacles[name] and not (good and any(modules[name].children()))]
+        bad = [
+            name
+            for name in names
+            if obstacles[name]
+            and not (good and any(modules[name].children()))
+            and not inside(name, saved)
+            and not _excluded(name, config)
+        ]
         if not names:
             hint = ""
             if isinstance(wanted, str) and any(suffix_matches(wanted, name) for name in adaptable):
-                hint = f" A single string is a regular expression for the whole name; write [{wanted!r}]."
+                hint = f" A single string is a regex for the whole name; write [{wanted!r}]."
             problems.append(f"{pattern!r} matched nothing.{hint} {suggest(pattern, adaptable)}")
         elif bad:
-            problems.append(f"{pattern!r} matched {bad[0]!r}, which cannot be adapted: {obstacles[bad[0]]}.")
+            problems.append(
+                f"{pattern!r} matched {bad[0]!r}, which cannot be adapted: {obstacles[bad[0]]}."
+            )
         matches.append(("target_modules", pattern, len(good)))
     if problems:
         raise TargetError("target_modules: " + "\n  ".join(problems))
@@ -124,20 +150,33 @@ def _explicit(
 
 
 def _without_excluded(
-    chosen: list[str], config: LoRAConfig, matches: list[tuple[str, str, int]]
+    modules: dict[str, nn.Module],
+    chosen: list[str],
+    config: LoRAConfig,
+    matches: list[tuple[str, str, int]],
 ) -> list[str]:
     excluded = config.exclude_modules
     assert excluded is not None
     patterns = [excluded] if isinstance(excluded, str) else excluded
-    hits = {name: pattern_matches(excluded, name) for name in chosen}
+    hits = {name: pattern_matches(excluded, name) for name in modules}
+    targets = set(chosen)
     for pattern in patterns:
-        count = sum(pattern in found for found in hits.values())
-        if not count:
+        found = [name for name in modules if pattern in hits[name]]
+        count = sum(name in targets for name in found)
+        # A layer that would not have been adapted anyway may be named to be safe; a container is
+        # a mistake, because the layers inside it would still be adapted.
+        if not count and not any(not any(modules[name].children()) for name in found):
             raise TargetError(
-                f"exclude_modules: {pattern!r} excludes none of the targets. {suggest(pattern, chosen)}"
+                f"exclude_modules: {pattern!r} excludes none of the targets. "
+                f"{suggest(pattern, chosen)}"
             )
         matches.append(("exclude_modules", pattern, count))
-    return [name for name, found in hits.items() if not found]
+    return [name for name in chosen if not hits[name]]
+
+
+def _excluded(name: str, config: LoRAConfig) -> bool:
+    excluded = config.exclude_modules
+    return excluded is not None and bool(pattern_matches(excluded, name))
 
 
 def _obstacle(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> str | None:
@@ -145,7 +184,8 @@ def _obstacle(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> st
     if isinstance(module, (LoRALayer, LoRAFactors)):
         return "it has been adapted already"
     if not name or adapted_class(type(module)) is None:
-        why = f"{type(module).__name__} is not a supported layer type ({', '.join(supported_layers())})"
+        types = ", ".join(supported_layers())
+        why = f"{type(module).__name__} is not a supported layer type ({types})"
         if isinstance(module, nn.Linear):
             why += "; it overrides forward, so register a layer class for it with register_layer"
         return why
@@ -158,22 +198,38 @@ def _obstacle(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> st
         return "projects inside nn.MultiheadAttention, which bypasses the layer's forward"
     if "forward" in module.__dict__:
         return (
-            "its forward was replaced on the instance (by a device map of accelerate, for instance), which would "
-            "bypass LoRA; load the model without device_map"
+            "its forward was replaced on the instance (by a device map of accelerate, for "
+            "instance), which would bypass LoRA; load the model without device_map"
         )
     return None
 
 
-def _refuse_fused(modules: dict[str, nn.Module]) -> None:
-    fused = [name for name in modules if is_fused(name) and not any(modules[name].children())]
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise TargetError(
+                f"The shape of {clean_name(name)!r} is unknown until its module has run: pass one "
+                "batch through the model first, or give the layer its sizes."
+            )
+
+
+def _refuse_fused(modules: dict[str, nn.Module], config: LoRAConfig) -> None:
+    fused = [
+        name
+        for name, module in modules.items()
+        if is_fused(name) and not any(module.children()) and not _excluded(name, config)
+    ]
     if fused:
         raise TargetError(
-            f"target_modules='qv': {fused[0]!r} holds the query, key and value projections in one weight, of which "
-            "single slices cannot be adapted yet. Use target_modules='attention' or name the layer."
+            f"target_modules='qv': {fused[0]!r} holds the query, key and value projections in one "
+            "weight, of which single slices cannot be adapted yet. Use "
+            "target_modules='attention' or name the layer."
         )
 
 
-def _targets(modules: dict[str, nn.Module], names: list[str], config: LoRAConfig) -> Iterator[Target]:
+def _targets(
+    modules: dict[str, nn.Module], names: list[str], config: LoRAConfig
+) -> Iterator[Target]:
     first_with: dict[int, str] = {}
     for name in names:
         module = modules[name]
@@ -195,7 +251,7 @@ def _targets(modules: dict[str, nn.Module], names: list[str], config: LoRAConfig
         )
 
 
-def _by_key(pattern: dict[str, int] | dict[str, float] | None, name: str, default: float) -> float | int:
+def _by_key(pattern: Mapping[str, N] | None, name: str, default: N) -> N:
     for key, value in (pattern or {}).items():
         if key_matches(key, name):
             return value
@@ -203,13 +259,15 @@ def _by_key(pattern: dict[str, int] | dict[str, float] | None, name: str, defaul
 
 
 def _key_counts(
-    setting: str, pattern: dict[str, int] | dict[str, float] | None, names: list[str]
+    setting: str, pattern: Mapping[str, float] | None, names: list[str]
 ) -> list[tuple[str, str, int]]:
     counts = []
     for key in pattern or {}:
         count = sum(key_matches(key, name) for name in names)
         if not count:
-            raise TargetError(f"{setting}: {key!r} matches none of the targets. {suggest(key, names)}")
+            raise TargetError(
+                f"{setting}: {key!r} matches none of the targets. {suggest(key, names)}"
+            )
         counts.append((setting, key, count))
     return counts
 
@@ -221,32 +279,43 @@ def _saved_modules(modules: dict[str, nn.Module], config: LoRAConfig) -> tuple[s
     for wanted in config.modules_to_save or ():
         names = [name for name in modules if suffix_matches(wanted, name)]
         if not names:
-            raise TargetError(f"modules_to_save: {wanted!r} matched nothing. {suggest(wanted, modules)}")
+            raise TargetError(
+                f"modules_to_save: {wanted!r} matched nothing. {suggest(wanted, modules)}"
+            )
         found += names
-    outermost = [name for name in found if not inside(name, [other for other in found if other != name])]
+    outermost = [
+        name for name in found if not inside(name, [other for other in found if other != name])
+    ]
     return tuple(dict.fromkeys(outermost))
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a LayerNorm, RMSNorm or GroupNorm, by type, or by the class names of such layers."""
+    """Whether a module is a LayerNorm, RMSNorm or GroupNorm, by type or by its class's name."""
     name = type(module).__name__.lower()
     return isinstance(module, _NORM_TYPES) or name.endswith(("layernorm", "rmsnorm"))
 
 
 def _trained_parameters(
-    model: nn.Module,
-    modules: dict[str, nn.Module],
-    config: LoRAConfig,
-    saved: tuple[str, ...],
-    targets: set[str],
+    model: nn.Module, config: LoRAConfig, saved: tuple[str, ...], targets: set[str]
 ) -> Iterator[TrainedParameter]:
-    for name, parameter in model.named_parameters():
+    owners = dict(model.named_modules(remove_duplicate=False))
+    first_names: dict[int, str] = {}
+    found: set[str] = set()
+    # A tied parameter has several names: it trains if it does under any of them.
+    for full_name, parameter in model.named_parameters(remove_duplicate=False):
+        name = clean_name(full_name)
+        first_name = first_names.setdefault(id(parameter), name)
         owner_name, _, leaf = name.rpartition(".")
-        owner = modules[owner_name]
-        is_bias = "bias" in leaf.split("_")
+        owner = owners[full_name.rpartition(".")[0]]
+        # Not the "relative_position_bias_table" of some attention layers: it is a matrix.
+        is_bias = "bias" in leaf.split("_") and not leaf.endswith("_table")
+        if first_name in found:
+            continue
         if inside(owner_name, saved):
             reason = "whole"
-        elif is_bias and (config.bias == "all" or (config.bias == "lora_only" and owner_name in targets)):
+        elif is_bias and (
+            config.bias == "all" or (config.bias == "lora_only" and owner_name in targets)
+        ):
             reason = "bias"
         elif config.train_layer_norms and is_norm(owner):
             reason = "norm"
@@ -254,4 +323,5 @@ def _trained_parameters(
             reason = "embedding"
         else:
             continue
-        yield TrainedParameter(name, parameter.numel(), reason)
+        found.add(first_name)
+        yield TrainedParameter(first_name, parameter.numel(), reason)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
@@ -31,7 +31,9 @@ class Attention(nn.Module):
 
 
 def mlp(dropout: float = 0.0) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Dropout(dropout), nn.Linear(32, 32), nn.Linear(32, 3))
+    return nn.Sequential(
+        nn.Linear(16, 32), nn.ReLU(), nn.Dropout(dropout), nn.Linear(32, 32), nn.Linear(32, 3)
+    )
 
 
 def base_network(name: str, dropout: float) -> nn.Module:
@@ -51,7 +53,9 @@ def dataset(n: int = 64, name: str = "mlp") -> TensorDataset:
 class Classifier(LightningModule):
     """An ordinary LightningModule; ``where`` says in which hook the network is built."""
 
-    def __init__(self, network: str = "mlp", where: str = "init", dropout: float = 0.0, lr: float = 0.01) -> None:
+    def __init__(
+        self, network: str = "mlp", where: str = "init", dropout: float = 0.0, lr: float = 0.01
+    ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.losses: list[float] = []
@@ -85,7 +89,9 @@ class Classifier(LightningModule):
         return self(batch[0])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.hparams["lr"])
+        return torch.optim.AdamW(
+            [p for p in self.parameters() if p.requires_grad], lr=self.hparams["lr"]
+        )
 
     def train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(dataset(name=self.hparams["network"]), batch_size=8, shuffle=True)
@@ -97,7 +103,9 @@ class Classifier(LightningModule):
 
 
 class PlainClassifier(Classifier):
-    """Overrides no hook in which a model could be built, so that LoRA is injected in the callback's setup."""
+    """Overrides no hook in which a model could be built, so that LoRA is injected in the callback's
+    setup.
+    """
 
     setup = LightningModule.setup
     configure_model = LightningModule.configure_model

@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import (
+    Callback,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+    WeightAveraging,
+)
 from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.multiprocessing import ProcessRaisedException
@@ -18,7 +23,14 @@ from lightning_lora import LoRACallback, adapter_state_dict, load_lightning_modu
 from lightning_lora.errors import CheckpointError, ConfigError, TargetError
 from lightning_lora.injection import injection_of
 from lightning_lora.layers import LoRALinear
-from tests.modules import Classifier, PlainClassifier, base_network, dataset, make_lora, make_trainer
+from tests.modules import (
+    Classifier,
+    PlainClassifier,
+    base_network,
+    dataset,
+    make_lora,
+    make_trainer,
+)
 
 BUILDS = ["init", "setup", "configure_model", "plain"]
 
@@ -54,7 +66,9 @@ def test_life_cycle(tmp_path: Path, where: str, network: str) -> None:
     # Merged: plain classes, no adapter keys, a changed weight.
     assert not any(isinstance(module, LoRALinear) for module in model.modules())
     assert set(model.state_dict()) == set(base_weights(network))
-    changed = [k for k, v in base_weights(network).items() if not torch.equal(v, model.state_dict()[k])]
+    changed = [
+        k for k, v in base_weights(network).items() if not torch.equal(v, model.state_dict()[k])
+    ]
     assert changed and all(k.endswith("weight") for k in changed)
 
     after = trainer.validate(model, verbose=False)[0]["val_loss"]
@@ -65,17 +79,23 @@ def test_life_cycle(tmp_path: Path, where: str, network: str) -> None:
     assert tested == pytest.approx(best, abs=1e-6)
 
     # last.ckpt gives back the weights that the fit ended with.
-    last = trainer.validate(model, ckpt_path=str(tmp_path / "last.ckpt"), verbose=False)[0]["val_loss"]
+    last = trainer.validate(model, ckpt_path=str(tmp_path / "last.ckpt"), verbose=False)[0][
+        "val_loss"
+    ]
     assert last == pytest.approx(after, abs=1e-6)
     torch.testing.assert_close(logits(model, network), merged)
 
     fresh = build(where, network, dropout=0.1)
-    predicted = make_trainer(tmp_path, make_lora()).predict(fresh, ckpt_path=str(tmp_path / "last.ckpt"))
+    predicted = make_trainer(tmp_path, make_lora()).predict(
+        fresh, ckpt_path=str(tmp_path / "last.ckpt")
+    )
     torch.testing.assert_close(torch.cat(predicted)[:32], merged[:32])  # type: ignore[arg-type]
 
     loaded = load_lightning_module(type(model), tmp_path / "last.ckpt")
     torch.testing.assert_close(logits(loaded, network), merged)
-    assert not torch.allclose(merged, base_network(network, 0.0).eval()(dataset(name=network)[:][0]))
+    assert not torch.allclose(
+        merged, base_network(network, 0.0).eval()(dataset(name=network)[:][0])
+    )
 
 
 def test_each_stage_starts_from_the_exact_base(tmp_path: Path) -> None:
@@ -83,7 +103,9 @@ def test_each_stage_starts_from_the_exact_base(tmp_path: Path) -> None:
 
     class Watch(Callback):
         def on_sanity_check_start(self, trainer: Trainer, pl_module: Any) -> None:
-            seen.append({k: v.clone() for k, v in pl_module.state_dict().items() if "lora" not in k})
+            seen.append(
+                {k: v.clone() for k, v in pl_module.state_dict().items() if "lora" not in k}
+            )
 
         on_test_start = on_sanity_check_start  # type: ignore[assignment]
 
@@ -144,7 +166,9 @@ def test_merge_from_best(tmp_path: Path) -> None:
     trainer.fit(model)
     checkpoint = trainer.checkpoint_callback
     assert isinstance(checkpoint, ModelCheckpoint)
-    assert Path(checkpoint.best_model_path).name != "epoch=3.ckpt", "the test needs a best that is not the last"
+    assert Path(checkpoint.best_model_path).name != "epoch=3.ckpt", (
+        "the test needs a best that is not the last"
+    )
     best = load_lightning_module(PlainClassifier, checkpoint.best_model_path)
     torch.testing.assert_close(logits(model), logits(best))
 
@@ -197,7 +221,9 @@ def test_exception_checkpoint_holds_the_adapter_alone(tmp_path: Path) -> None:
             if batch_idx == 3:
                 raise RuntimeError("stop here")
 
-    trainer = make_trainer(tmp_path, make_lora(), callbacks=[OnExceptionCheckpoint(tmp_path, "crash")])
+    trainer = make_trainer(
+        tmp_path, make_lora(), callbacks=[OnExceptionCheckpoint(tmp_path, "crash")]
+    )
     model = Fails("mlp")
     with pytest.raises(RuntimeError, match="stop here"):
         trainer.fit(model)
@@ -223,12 +249,16 @@ def other_base() -> Classifier:
         ({"bias": "all"}, "bias: 'none' in the checkpoint, 'all' now"),
     ],
 )
-def test_resume_with_other_settings_is_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+def test_resume_with_other_settings_is_refused(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
     make_trainer(tmp_path, make_lora()).fit(build())
     model = build()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(CheckpointError) as error:
-        make_trainer(tmp_path, make_lora(**settings)).fit(model, ckpt_path=str(tmp_path / "last.ckpt"))
+        make_trainer(tmp_path, make_lora(**settings)).fit(
+            model, ckpt_path=str(tmp_path / "last.ckpt")
+        )
     assert message in str(error.value) and "last.ckpt" in str(error.value)
     state = model.state_dict()
     assert all(torch.equal(state[key], before[key]) for key in before)
@@ -245,6 +275,24 @@ def test_full_model_checkpoint_is_refused(tmp_path: Path) -> None:
     make_trainer(tmp_path, max_epochs=1).fit(build())
     with pytest.raises(CheckpointError, match="full-model checkpoint"):
         make_trainer(tmp_path, make_lora()).fit(build(), ckpt_path=str(tmp_path / "last.ckpt"))
+
+
+def test_resume_needs_the_optimizer_state(tmp_path: Path) -> None:
+    class TwoGroups(PlainClassifier):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            groups = [{"params": [p]} for p in self.parameters() if p.requires_grad]
+            return torch.optim.AdamW(groups, lr=0.01)
+
+    trainer = make_trainer(tmp_path, make_lora())
+    trainer.fit(build())
+    trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    with pytest.raises(CheckpointError, match="saved with weights_only=True"):
+        make_trainer(tmp_path, make_lora()).fit(build(), ckpt_path=str(tmp_path / "weights.ckpt"))
+    make_trainer(tmp_path, make_lora()).test(build(), ckpt_path=str(tmp_path / "weights.ckpt"))
+    with pytest.raises(CheckpointError, match="optimizer state does not fit"):
+        make_trainer(tmp_path, make_lora()).fit(
+            TwoGroups("mlp"), ckpt_path=str(tmp_path / "last.ckpt")
+        )
 
 
 def test_missing_checkpoint_lists_what_there_is(tmp_path: Path) -> None:
@@ -271,13 +319,17 @@ def test_optimizer_built_too_early(tmp_path: Path) -> None:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return self.optimizer
 
-    with pytest.raises(ConfigError, match=r"6 trainable parameters are in no optimizer.*net\.0\.lora\.A"):
+    with pytest.raises(
+        ConfigError, match=r"6 trainable parameters are in no optimizer.*net\.0\.lora\.A"
+    ):
         make_trainer(tmp_path, make_lora()).fit(Early("mlp"))
 
 
 def test_wrong_targets_name_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match=r"'linear9' matched nothing.*linear1"):
-        make_trainer(tmp_path, make_lora(target_modules=["linear9"])).fit(build(network="attention"))
+        make_trainer(tmp_path, make_lora(target_modules=["linear9"])).fit(
+            build(network="attention")
+        )
 
 
 def test_frozen_batch_norm_keeps_its_statistics(tmp_path: Path) -> None:
@@ -292,7 +344,12 @@ def test_frozen_batch_norm_keeps_its_statistics(tmp_path: Path) -> None:
     assert torch.equal(frozen.net[5].running_mean, torch.zeros(3))  # type: ignore[index, arg-type]
     assert not torch.equal(trained.net[5].running_mean, torch.zeros(3))  # type: ignore[index, arg-type]
     saved = torch.load(tmp_path / "b" / "last.ckpt", weights_only=True)["state_dict"]
-    assert {"net.5.running_mean", "net.5.running_var", "net.5.num_batches_tracked", "net.5.weight"} <= set(saved)
+    assert {
+        "net.5.running_mean",
+        "net.5.running_var",
+        "net.5.num_batches_tracked",
+        "net.5.weight",
+    } <= set(saved)
     fresh = load_lightning_module(Normed, tmp_path / "b" / "last.ckpt")
     torch.testing.assert_close(logits(fresh), logits(trained))
 
@@ -303,7 +360,9 @@ def test_learning_rate_finder_leaves_the_model_as_it_was(tmp_path: Path) -> None
     trainer = make_trainer(tmp_path, make_lora())
     found = Tuner(trainer).lr_find(model, num_training=12, attr_name="lr", update_attr=False)
     assert found is not None and len(found.results["loss"]) >= 10
-    assert all(bool((v == 0).all()) for k, v in adapter_state_dict(model).items() if k.endswith("B"))
+    assert all(
+        bool((v == 0).all()) for k, v in adapter_state_dict(model).items() if k.endswith("B")
+    )
     trainer.fit(model)
     assert set(model.state_dict()) == set(base_weights())
 
@@ -313,7 +372,9 @@ def test_weight_averaging_after_lora_works_and_before_is_refused(tmp_path: Path)
     with pytest.raises(ConfigError, match="Put LoRACallback before"):
         Trainer(accelerator="cpu", logger=False, callbacks=[averaging, make_lora()]).fit(build())
     with pytest.raises(ConfigError, match="Put LoRACallback before"):
-        Trainer(accelerator="cpu", logger=False, callbacks=[make_lora(), WeightAveraging()]).fit(build("setup"))
+        Trainer(accelerator="cpu", logger=False, callbacks=[make_lora(), WeightAveraging()]).fit(
+            build("setup")
+        )
 
 
 def test_two_callbacks_are_refused(tmp_path: Path) -> None:
@@ -359,11 +420,15 @@ def test_invalid_settings_are_reported_at_construction() -> None:
 
 def test_unsupported_strategy_is_refused(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, make_lora(), strategy="ddp_spawn", devices=1)
-    with pytest.raises(ProcessRaisedException, match=r"ConfigError: .*ddp_spawn.* Use strategy='ddp'"):
+    with pytest.raises(
+        ProcessRaisedException, match=r"ConfigError: .*ddp_spawn.* Use strategy='ddp'"
+    ):
         trainer.fit(build())
 
 
-def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = build()
     trainer = make_trainer(tmp_path, make_lora())
     trainer.fit(model)
@@ -392,28 +457,43 @@ def test_export_of_a_plain_module(tmp_path: Path) -> None:
     lora = make_lora(export_dir=str(tmp_path / "out"))
     make_trainer(tmp_path, lora).fit(model)
     plain = base_network("mlp", 0.0)
-    state = {k.removeprefix("net."): v for k, v in load_file(tmp_path / "out/merged/model.safetensors").items()}
+    state = {
+        k.removeprefix("net."): v
+        for k, v in load_file(tmp_path / "out/merged/model.safetensors").items()
+    }
     plain.load_state_dict(state)
     torch.testing.assert_close(plain(dataset()[:][0]), logits(model))
-    assert lora.exported == {"merged model": tmp_path / "out/merged", "adapter": tmp_path / "out/adapter"}
+    assert lora.exported == {
+        "merged model": tmp_path / "out/merged",
+        "adapter": tmp_path / "out/adapter",
+    }
 
 
 def test_resume_is_bitwise_the_uninterrupted_run(tmp_path: Path) -> None:
     class Data(PlainClassifier):
         def configure_optimizers(self) -> Any:
             optimizer = super().configure_optimizers()
-            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 6))
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+            schedule = torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda step: min(1.0, (step + 1) / 6)
+            )
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+            }
 
         def train_dataloader(self) -> DataLoader[Any]:
             return DataLoader(dataset(60), batch_size=6, shuffle=True)
 
-    def run(root: Path, steps: int, ckpt: str | None = None) -> tuple[list[float], dict[str, Tensor]]:
+    def run(
+        root: Path, steps: int, ckpt: str | None = None
+    ) -> tuple[list[float], dict[str, Tensor]]:
         seed_everything(5)
         model = Data("mlp", dropout=0.2)
         saver = ModelCheckpoint(root, filename="{step}", every_n_train_steps=3, save_top_k=-1)
         options = {"max_steps": steps, "max_epochs": -1, "accumulate_grad_batches": 2}
-        make_trainer(root, make_lora(dropout=0.1), callbacks=[saver], **options).fit(model, ckpt_path=ckpt)
+        make_trainer(root, make_lora(dropout=0.1), callbacks=[saver], **options).fit(
+            model, ckpt_path=ckpt
+        )
         return model.losses, adapter_state_dict(model)
 
     straight_losses, straight = run(tmp_path / "straight", 12)

@@ -29,9 +29,17 @@ from lightning_lora.errors import CheckpointError
 from lightning_lora.injection import injection_of
 from tests.modules import mlp
 
-peft = pytest.importorskip("peft", reason="PEFT is a peer to compare with, installed by the test extra")
+peft = pytest.importorskip(
+    "peft", reason="PEFT is a peer to compare with, installed by the test extra"
+)
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 64}
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": 64,
+}
 
 
 def bert() -> nn.Module:
@@ -56,7 +64,9 @@ def fresh(make: Any) -> nn.Module:
 def outputs(model: nn.Module) -> list[Tensor]:
     model.eval()
     with torch.no_grad():
-        if isinstance(model, nn.Sequential) or isinstance(getattr(model, "base_model", None), nn.Sequential):
+        if isinstance(model, nn.Sequential) or isinstance(
+            getattr(model, "base_model", None), nn.Sequential
+        ):
             return [model(torch.linspace(-1, 1, 48).reshape(3, 16))]
         if "Sequential" in repr(type(getattr(getattr(model, "base_model", None), "model", None))):
             return [model(torch.linspace(-1, 1, 48).reshape(3, 16))]
@@ -69,7 +79,9 @@ def train_a_little(model: nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                shift = torch.randn(parameter.shape, generator=generator) * (0.3 if "lora" in name else 0.05)
+                shift = torch.randn(parameter.shape, generator=generator) * (
+                    0.3 if "lora" in name else 0.05
+                )
                 parameter.add_(shift)
 
 
@@ -103,8 +115,11 @@ def test_peft_loads_what_we_write(tmp_path: Path, make: Any, settings: dict[str,
 
     ours = set(load_file(tmp_path / "adapter/adapter_model.safetensors"))
     theirs = set(peft.get_peft_model_state_dict(loaded))
-    # Of "lora_only" PEFT saves nothing; with "all" it saves the biases of wrapped modules several times over.
-    theirs = {key for key in theirs if ".original_module." not in key and ".modules_to_save." not in key}
+    # Of "lora_only" PEFT saves nothing; with "all" it saves the biases of wrapped modules several
+    # times over.
+    theirs = {
+        key for key in theirs if ".original_module." not in key and ".modules_to_save." not in key
+    }
     if settings.get("bias") != "lora_only":
         assert theirs == ours
     assert_same(outputs(loaded), expected)
@@ -130,7 +145,9 @@ def test_we_load_what_peft_writes(tmp_path: Path, make: Any, bias: str) -> None:
     model = fresh(make)
     base = outputs(model)
     plan = load_adapter(model, tmp_path / "adapter")
-    assert plan.trainable_parameters == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    assert plan.trainable_parameters == sum(
+        p.numel() for p in theirs.parameters() if p.requires_grad
+    )
     assert_same(outputs(model), outputs(theirs))
     merge_lora(model)
     assert_same(outputs(model), outputs(theirs))
@@ -141,13 +158,17 @@ def test_we_load_what_peft_writes(tmp_path: Path, make: Any, bias: str) -> None:
 
 def test_round_trip_of_rank_and_alpha_patterns(tmp_path: Path) -> None:
     model = fresh(llama)
-    inject_lora(model, r=4, alpha=12, rank_pattern={"q_proj": 2}, alpha_pattern={r"layers\.1\.mlp\..*": 5})
+    inject_lora(
+        model, r=4, alpha=12, rank_pattern={"q_proj": 2}, alpha_pattern={r"layers\.1\.mlp\..*": 5}
+    )
     train_a_little(model)
     save_adapter(model, tmp_path / "adapter")
     again = fresh(llama)
     load_adapter(again, tmp_path / "adapter")
     assert_same(outputs(again), outputs(model))
-    assert_same(outputs(peft.PeftModel.from_pretrained(fresh(llama), tmp_path / "adapter")), outputs(model))
+    assert_same(
+        outputs(peft.PeftModel.from_pretrained(fresh(llama), tmp_path / "adapter")), outputs(model)
+    )
 
 
 def test_swap_adapter_on_a_merged_model(tmp_path: Path) -> None:
@@ -215,5 +236,8 @@ def test_saving_replaces_the_folder_as_a_whole(tmp_path: Path) -> None:
     folder = save_adapter(model, tmp_path / "adapter")
     (folder / "stale.txt").write_text("old")
     save_adapter(model, folder)
-    assert sorted(p.name for p in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]

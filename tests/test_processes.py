@@ -36,7 +36,7 @@ class Model(PlainClassifier):
 
     def configure_optimizers(self):
         optimizer = super().configure_optimizers()
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 6))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / 6))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def train_dataloader(self):
@@ -53,7 +53,8 @@ model = Model("mlp", dropout=0.2)
 saver = ModelCheckpoint(root, filename="{step}", every_n_train_steps=3, save_top_k=-1)
 lora = make_lora(dropout=0.1, export_dir=str(root / "out"))
 trainer = make_trainer(
-    root, lora, callbacks=[saver, Kill()], max_steps=steps, max_epochs=-1, accumulate_grad_batches=2,
+    root, lora, callbacks=[saver, Kill()],
+    max_steps=steps, max_epochs=-1, accumulate_grad_batches=2,
     devices=devices, strategy="ddp" if devices > 1 else "auto",
 )
 trainer.fit(model, ckpt_path=ckpt)
@@ -72,7 +73,9 @@ def run(
     settings = json.dumps([str(root), steps, str(ckpt) if ckpt else None, kill_at, devices])
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(script), settings]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 def losses(root: Path, rank: int = 0) -> list[str]:
@@ -87,7 +90,9 @@ def adapter(root: Path, rank: int = 0, kind: str = "adapter") -> dict[str, torch
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 def test_killed_and_resumed_is_bitwise_the_straight_run(tmp_path: Path, devices: int) -> None:
-    """Dropout, accumulation, warm-up, a shuffled loader, and a checkpoint in the middle of an epoch."""
+    """Dropout, accumulation, warm-up, a shuffled loader, and a checkpoint in the middle of an
+    epoch.
+    """
     straight = run(tmp_path / "straight", devices=devices)
     assert straight.returncode == 0, straight.stderr
     killed = run(tmp_path / "killed", kill_at=8, devices=devices)
@@ -115,7 +120,9 @@ def test_ranks_agree_under_ddp(tmp_path: Path) -> None:
     assert losses(tmp_path, 0) != losses(tmp_path, 1), "each rank sees data of its own"
     merged = adapter(tmp_path, 0, "merged")
     assert not any("lora" in key for key in merged)
-    assert all(torch.equal(merged[key], value) for key, value in adapter(tmp_path, 1, "merged").items())
+    assert all(
+        torch.equal(merged[key], value) for key, value in adapter(tmp_path, 1, "merged").items()
+    )
     for path in tmp_path.glob("*.ckpt"):
         checkpoint = torch.load(path, weights_only=True)
         assert set(checkpoint["state_dict"]) == set(first), path

@@ -12,10 +12,12 @@ from lightning_lora.layers.factors import LoRAFactors
 
 
 class LoRALayer(nn.Module):
-    """Mixin of an adapted layer: a subclass of the layer it adapts that a module's class is swapped to.
+    """Mixin of an adapted layer: a subclass of the layer it adapts that a module's class is swapped
+    to.
 
-    A subclass names its ``base_class``, says the shapes of the factors, runs them in ``forward`` and gives the
-    update of the weight. Factors live in the child ``lora``; the base parameters keep their names and objects.
+    A subclass names its ``base_class``, says the shapes of the factors, runs them in ``forward``
+    and gives the update of the weight. Factors live in the child ``lora``; the base parameters keep
+    their names and objects.
     """
 
     base_class: ClassVar[type[nn.Module]]
@@ -42,13 +44,13 @@ def register_layer(adapted: type[LoRALayer]) -> type[LoRALayer]:
         adapted: A subclass of `LoRALayer` and of its own ``base_class``.
 
     Raises:
-        TargetError: The class is not a subclass of its ``base_class``.
+        TargetError: The class is not a subclass of `LoRALayer` and of its ``base_class``.
     """
     base = getattr(adapted, "base_class", None)
-    if base is None or not issubclass(adapted, base):
+    if base is None or not issubclass(adapted, base) or not issubclass(adapted, LoRALayer):
         raise TargetError(
-            f"{adapted.__name__} must set base_class and derive from it, so that a layer's class can be swapped "
-            "in place."
+            f"{adapted.__name__} must set base_class and derive from LoRALayer and it, so that a "
+            "layer's class can be swapped in place."
         )
     _REGISTRY[base] = adapted
     return adapted
@@ -62,16 +64,22 @@ def supported_layers() -> tuple[str, ...]:
 def adapted_class(layer: type[nn.Module]) -> type[LoRALayer] | None:
     """The class that a module of type ``layer`` is swapped to, or ``None`` if it cannot be adapted.
 
-    A subclass of a registered type qualifies if it kept that type's ``forward``; one with a forward of its own
-    would lose it in the swap, and needs `register_layer`.
+    A subclass of a registered type qualifies if it kept that type's ``forward``; one with a forward
+    of its own would lose it in the swap, and needs `register_layer`.
     """
     if layer in _REGISTRY:
         return _REGISTRY[layer]
     if layer in _DERIVED:
         return _DERIVED[layer]
     for base, adapted in _REGISTRY.items():
-        if issubclass(layer, base) and not issubclass(layer, LoRALayer) and layer.forward is base.forward:
-            derived = type(f"LoRA{layer.__name__}", (_Derived, adapted, layer), {"base_class": layer})
+        if (
+            issubclass(layer, base)
+            and not issubclass(layer, LoRALayer)
+            and layer.forward is base.forward
+        ):
+            derived = type(
+                f"LoRA{layer.__name__}", (_Derived, adapted, layer), {"base_class": layer}
+            )
             _DERIVED[layer] = derived
             return derived
     return None
@@ -88,5 +96,7 @@ class _Derived(LoRALayer):
 def _rebuild(base: type[nn.Module]) -> LoRALayer:
     adapted = adapted_class(base)
     if adapted is None:
-        raise TargetError(f"{base.__name__} was adapted when it was saved, but cannot be adapted now.")
+        raise TargetError(
+            f"{base.__name__} was adapted when it was saved, but cannot be adapted now."
+        )
     return copyreg.__newobj__(adapted)  # type: ignore[attr-defined]

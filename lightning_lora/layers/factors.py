@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 
 class LoRAFactors(nn.Module):
-    """Factors A and B of a low-rank update ``s * B @ A``, held as the child ``lora`` of an adapted layer.
+    """Factors A and B of a low-rank update ``s * B @ A``, held as the child ``lora`` of an adapted
+    layer.
 
-    The factors are master copies in at least float32: casting the model to half precision leaves them
-    alone, and the adapted layer casts them to the dtype of its computation.
+    The factors are master copies in at least float32: casting the model to half precision leaves
+    them alone, and the adapted layer casts them to the dtype of its computation.
 
     Args:
-        name: Full name of the adapted layer; together with ``seed`` it fixes the initial value, so that every
-            rank, whatever its shard, draws the same factors without communication.
+        name: Full name of the adapted layer; together with ``seed`` it fixes the initial value, so
+            that every rank, whatever its shard, draws the same factors without communication.
         A_shape: Shape of A; ``(r, in)`` for a linear layer.
         B_shape: Shape of B; ``(out, r)`` for a linear layer.
         r: Rank.
@@ -34,7 +35,8 @@ class LoRAFactors(nn.Module):
     Attributes:
         A: Parameter of shape ``A_shape``.
         B: Parameter of shape ``B_shape``, zero at first.
-        hidden: While true (the factors are merged into the weight), state dicts leave the factors out.
+        hidden: While true (the factors are merged into the weight), state dicts leave the factors
+            out.
     """
 
     def __init__(
@@ -52,7 +54,9 @@ class LoRAFactors(nn.Module):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        master = torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else torch.float32
+        master = (
+            torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else torch.float32
+        )
         self.name, self.init, self.seed = name, init, seed
         self.r, self.alpha, self.scaling, self.dropout = r, alpha, scaling, dropout
         self.hidden = False
@@ -69,8 +73,9 @@ class LoRAFactors(nn.Module):
         if self.A.is_meta:
             return
         digest = hashlib.blake2b(f"{self.seed}:{self.name}".encode(), digest_size=7).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-        A = torch.empty(self.A.shape, dtype=self.A.dtype)
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big"))
+        # On the CPU even inside `with torch.device(...)`: the draw must not depend on the device.
+        A = torch.empty(self.A.shape, dtype=self.A.dtype, device="cpu")
         if self.init == "gaussian":
             A.normal_(std=1 / self.r, generator=generator)
         else:
@@ -92,10 +97,15 @@ class LoRAFactors(nn.Module):
             super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        wide = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        wide = {
+            name: (p.detach(), None if p.grad is None else p.grad.detach())
+            for name, p in self.named_parameters()
+        }
         super()._apply(fn, recurse)
         for name, parameter in self.named_parameters():
             if parameter.dtype.itemsize < 4 and parameter.is_floating_point():
                 # .half(), .to(bfloat16) and Lightning's "bf16-true" would round the masters away.
-                parameter.data = wide[name].to(parameter.device)
+                data, grad = wide[name]
+                parameter.data = data.to(parameter.device)
+                parameter.grad = None if grad is None else grad.to(parameter.device)
         return self

@@ -12,8 +12,9 @@ from lightning_lora.layers.base import LoRALayer, register_layer
 class LoRALinear(LoRALayer, nn.Linear):
     """``y = x W^T + b + s * D(x) A^T B^T`` (arXiv:2106.09685, equation 3).
 
-    Made by swapping the class of an `torch.nn.Linear` in place (`lightning_lora.inject_lora`), never by a
-    constructor. The input has shape ``(..., in_features)``, the output ``(..., out_features)``.
+    Made by swapping the class of an `torch.nn.Linear` in place (`lightning_lora.inject_lora`),
+    never by a constructor. The input has shape ``(..., in_features)``, the output ``(...,
+    out_features)``.
 
     Attributes:
         weight: The base weight W, shape ``(out_features, in_features)``, usually frozen.

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lightning_lora.files import replacing_directory
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*"))
+
+
+def test_a_new_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "target"
+    with replacing_directory(target) as fresh:
+        (fresh / "new").write_text("1")
+        assert not target.exists()
+        assert fresh.parent == target.parent, "a rename must not cross file systems"
+    assert listing(tmp_path) == ["deep", "deep/target", "deep/target/new"]
+
+
+def test_the_old_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "old").write_text("0")
+    with replacing_directory(str(target)) as fresh:
+        (fresh / "new").write_text("1")
+        assert listing(target) == ["old"]
+    assert listing(tmp_path) == ["target", "target/new"]
+
+
+@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_failure_leaves_all_as_it_was(
+    tmp_path: Path, exists: bool, error: type[BaseException]
+) -> None:
+    target = tmp_path / "target"
+    if exists:
+        target.mkdir()
+        (target / "old").write_text("0")
+    before = listing(tmp_path)
+    with pytest.raises(error), replacing_directory(target) as fresh:
+        (fresh / "new").write_text("1")
+        raise error
+    assert listing(tmp_path) == before
+
+
+def test_a_failed_rename_brings_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "old").write_text("0")
+    rename = Path.rename
+
+    def failing(self: Path, to: Path) -> Path:
+        if to == target and "old" not in self.parent.name:
+            raise OSError("disk full")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="disk full"), replacing_directory(target) as fresh:
+        (fresh / "new").write_text("1")
+    assert listing(tmp_path) == ["target", "target/old"]
+
+
+def test_a_file_is_not_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_text("precious")
+    with pytest.raises(NotADirectoryError, match="is a file"), replacing_directory(target):
+        pytest.fail("the block must not run")
+    assert target.read_text() == "precious"
+    assert listing(tmp_path) == ["target"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permission bits")
+def test_permissions_are_those_of_any_new_folder(tmp_path: Path) -> None:
+    (tmp_path / "ordinary").mkdir()
+    with replacing_directory(tmp_path / "target"):
+        pass
+    assert (tmp_path / "target").stat().st_mode == (tmp_path / "ordinary").stat().st_mode

@@ -85,7 +85,7 @@ def to_peft_config(model: nn.Module, prefix: str = "") -> dict[str, Any]:
             whole.append(owner)
 
     def key(target: Target) -> str:
-        # PEFT matches a key as a regular expression for the end of a name; the ^ makes it the whole.
+        # To PEFT a key is a regex for the end of a name; the ^ makes it the whole name.
         return "^" + re.escape(target.name.removeprefix(prefix))
 
     return {

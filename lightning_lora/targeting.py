@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import TargetError
-from lightning_lora.heads import output_heads, task_heads
+from lightning_lora.heads import output_heads
 from lightning_lora.layers import LoRAFactors, LoRALayer, adapted_class, supported_layers
 from lightning_lora.matching import (
     in_attention,
@@ -23,10 +23,10 @@ from lightning_lora.matching import (
     suggest,
 )
 from lightning_lora.names import clean_name, modules_by_name
-from lightning_lora.plan import Plan, Target, TrainedParameter
+from lightning_lora.plan import Plan, Target
+from lightning_lora.trained import saved_modules, trained_parameters
 
 N = TypeVar("N", int, float)
-_NORM_TYPES = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
 
 def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
@@ -42,14 +42,14 @@ def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
     """
     _refuse_lazy(model)
     modules = modules_by_name(model)
-    saved = _saved_modules(modules, config)
+    saved = saved_modules(modules, config)
     names, matches, skipped = _target_names(modules, config, saved)
     targets = tuple(_targets(modules, names, config))
     matches += _key_counts("rank_pattern", config.rank_pattern, names)
     matches += _key_counts("alpha_pattern", config.alpha_pattern, names)
     return Plan(
         targets=targets,
-        trained=tuple(_trained_parameters(model, config, saved, set(names))),
+        trained=tuple(trained_parameters(model, config, saved, set(names))),
         saved_modules=saved,
         matches=tuple(matches),
         skipped=tuple(skipped),
@@ -270,58 +270,3 @@ def _key_counts(
             )
         counts.append((setting, key, count))
     return counts
-
-
-def _saved_modules(modules: dict[str, nn.Module], config: LoRAConfig) -> tuple[str, ...]:
-    if config.modules_to_save == "auto":
-        return tuple(task_heads(modules))
-    found = []
-    for wanted in config.modules_to_save or ():
-        names = [name for name in modules if suffix_matches(wanted, name)]
-        if not names:
-            raise TargetError(
-                f"modules_to_save: {wanted!r} matched nothing. {suggest(wanted, modules)}"
-            )
-        found += names
-    outermost = [
-        name for name in found if not inside(name, [other for other in found if other != name])
-    ]
-    return tuple(dict.fromkeys(outermost))
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a LayerNorm, RMSNorm or GroupNorm, by type or by its class's name."""
-    name = type(module).__name__.lower()
-    return isinstance(module, _NORM_TYPES) or name.endswith(("layernorm", "rmsnorm"))
-
-
-def _trained_parameters(
-    model: nn.Module, config: LoRAConfig, saved: tuple[str, ...], targets: set[str]
-) -> Iterator[TrainedParameter]:
-    owners = dict(model.named_modules(remove_duplicate=False))
-    first_names: dict[int, str] = {}
-    found: set[str] = set()
-    # A tied parameter has several names: it trains if it does under any of them.
-    for full_name, parameter in model.named_parameters(remove_duplicate=False):
-        name = clean_name(full_name)
-        first_name = first_names.setdefault(id(parameter), name)
-        owner_name, _, leaf = name.rpartition(".")
-        owner = owners[full_name.rpartition(".")[0]]
-        # Not the "relative_position_bias_table" of some attention layers: it is a matrix.
-        is_bias = "bias" in leaf.split("_") and not leaf.endswith("_table")
-        if first_name in found:
-            continue
-        if inside(owner_name, saved):
-            reason = "whole"
-        elif is_bias and (
-            config.bias == "all" or (config.bias == "lora_only" and owner_name in targets)
-        ):
-            reason = "bias"
-        elif config.train_layer_norms and is_norm(owner):
-            reason = "norm"
-        elif config.train_embeddings and isinstance(owner, nn.Embedding):
-            reason = "embedding"
-        else:
-            continue
-        found.add(first_name)
-        yield TrainedParameter(first_name, parameter.numel(), reason)

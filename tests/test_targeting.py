@@ -13,7 +13,8 @@ from lightning_lora import LoRAConfig, inject_lora
 from lightning_lora.errors import TargetError
 from lightning_lora.layers import LoRALinear
 from lightning_lora.plan import Plan
-from lightning_lora.targeting import is_norm, make_plan
+from lightning_lora.targeting import make_plan
+from lightning_lora.trained import is_norm
 from tests.models import AttentionNet, NormNet, TiedHead, TiedLinears, hugging_face, mlp
 
 

@@ -1,1 +1,1 @@
-"""YAML recipes that are installed with the package; `lightning-lora fit --config NAME` finds them."""
+"""YAML recipes, installed with the package; `--config NAME` finds them by name."""

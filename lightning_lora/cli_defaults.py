@@ -1,0 +1,142 @@
+"""What the command line adds to a trainer that the config says nothing about."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+from lightning_utilities.core.imports import RequirementCache
+
+from lightning_lora.callback import LoRACallback
+from lightning_lora.cli_paths import CHECKPOINTS
+
+
+class EpochLines(Callback):
+    """Prints one line an epoch, for output that goes to a file and not to a terminal."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the epoch's metrics."""
+        if trainer.is_global_zero:
+            values = sorted(scores(trainer).items())
+            metrics = "  ".join(f"{name} {value:.4g}" for name, value in values)
+            epochs = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
+            print(
+                f"epoch {trainer.current_epoch + 1}{epochs}  step {trainer.global_step}  {metrics}",
+                flush=True,
+            )
+
+
+class MergeBest(Callback):
+    """Has the best checkpoint merged where a fit has kept one, and the last weights elsewhere.
+
+    A fit that stops before its first validation keeps none, which is known at its end only.
+
+    Args:
+        lora: The callback that merges.
+    """
+
+    def __init__(self, lora: LoRACallback) -> None:
+        self.lora = lora
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Settle what is merged."""
+        kept = any(
+            isinstance(found, ModelCheckpoint) and found.monitor and found.best_model_path
+            for found in trainer.checkpoint_callbacks
+        )
+        self.lora.merge_from = "best" if kept else "last"
+
+
+def scores(trainer: Trainer) -> dict[str, float]:
+    """Return the latest metrics without the learning rates."""
+    return {
+        name: float(value)
+        for name, value in trainer.callback_metrics.items()
+        if name != "lr" and not name.startswith("lr-")
+    }
+
+
+def progress_callbacks() -> list[Callback]:
+    """Return a progress bar where someone watches, and lines where the output is kept."""
+    if sys.stdout.isatty():
+        return [RichProgressBar(theme=RichProgressBarTheme(metrics_format=".3g"))]
+    # A refresh rate of zero switches the bar off; without any bar Lightning would add its own.
+    return [TQDMProgressBar(refresh_rate=0), EpochLines()]
+
+
+def checkpoint_callback(model: Any, run_dir: Path, validates: bool) -> ModelCheckpoint:
+    """Return the callback that keeps the best checkpoint and the last.
+
+    Args:
+        model: Says with `monitor` and `monitor_mode` which metric is the best by.
+        run_dir: The run's folder.
+        validates: Whether validation runs, and so whether there is a metric.
+    """
+    monitor = getattr(model, "monitor", None) if validates else None
+    return ModelCheckpoint(
+        dirpath=run_dir / CHECKPOINTS,
+        filename="best" if monitor else "{epoch}-{step}",
+        monitor=monitor,
+        mode=getattr(model, "monitor_mode", "min"),
+        save_last=True,
+    )
+
+
+def loggers(run_dir: Path) -> list[Logger]:
+    """Return a CSV logger and, where it is installed, one for TensorBoard, into the run."""
+    where: dict[str, Any] = {"name": "", "version": run_dir.name}
+    _keep_earlier_metrics(run_dir)
+    found: list[Logger] = [CSVLogger(run_dir.parent, **where)]
+    if RequirementCache("tensorboard"):
+        found.append(TensorBoardLogger(run_dir.parent, **where))
+    return found
+
+
+def quieten() -> None:
+    """Leave out messages that tell a user of the command nothing to act on."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(_is_worth_reading)
+    for pattern in (
+        ".*does not have many workers.*",
+        ".*Experiment logs directory .* exists and is not empty.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*LeafSpec.*is deprecated.*",
+        ".*is smaller than the logging interval.*",
+        ".*callbacks used to create the checkpoint need to be provided.*",
+    ):
+        warnings.filterwarnings("ignore", pattern)
+
+
+_CHATTER = (
+    "Tip:",
+    "available: False",
+    "TPU available",
+    "Seed set to",
+    "Restoring states from",
+    "Loading `train_dataloader` to estimate",
+    "`weights_only` was not set",
+)
+
+
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+    return not any(words in record.getMessage() for words in _CHATTER)
+
+
+def _keep_earlier_metrics(run_dir: Path) -> None:
+    """Move a resumed run's metrics aside: CSVLogger deletes what it finds."""
+    metrics = run_dir / "metrics.csv"
+    if metrics.is_file():
+        number = 1
+        while (kept := run_dir / f"metrics_{number}.csv").exists():
+            number += 1
+        metrics.rename(kept)
+        rank_zero_info(f"The earlier part of this run's metrics is kept in {kept}")

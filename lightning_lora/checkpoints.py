@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,9 +33,9 @@ def explain_unreadable(path: Any) -> Iterator[None]:
             f"{path} could not be read: it is damaged, or holds more than tensors and primitives, "
             f"which are not loaded from untrusted files ({_first_line(error)})."
         ) from error
-    except (RuntimeError, EOFError, zipfile.BadZipFile, OSError, KeyError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch raises many kinds for a file that is no checkpoint
         raise CheckpointError(
             f"{path} could not be read: it is truncated, or not a checkpoint "
             f"({_first_line(error)}). Use an earlier checkpoint."

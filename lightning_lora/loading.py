@@ -38,7 +38,10 @@ def load_lightning_module(
         CheckpointError: The checkpoint is missing, damaged, or does not fit the module.
     """
     checkpoint = read_checkpoint(checkpoint_path)
-    module = cls(**{**checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}), **hyperparameters})
+    saved = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {})
+    # LightningCLI adds how it built the module, as keys with a leading underscore.
+    arguments = {key: value for key, value in saved.items() if not key.startswith("_")}
+    module = cls(**{**arguments, **hyperparameters})
     if is_overridden("setup", module):
         module.setup("predict")
     module.configure_model()

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTh
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning_utilities.core.imports import RequirementCache
+from typing_extensions import override
 
 from lightning_lora.callback import LoRACallback
 from lightning_lora.cli_paths import CHECKPOINTS
@@ -64,10 +65,20 @@ def scores(trainer: Trainer) -> dict[str, float]:
     }
 
 
+class MetricsBar(RichProgressBar):
+    """The progress bar, with the metrics alone: which run it is stands in the closing block."""
+
+    @override
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
+
+
 def progress_callbacks() -> list[Callback]:
     """Return a progress bar where someone watches, and lines where the output is kept."""
     if sys.stdout.isatty():
-        return [RichProgressBar(theme=RichProgressBarTheme(metrics_format=".3g"))]
+        return [MetricsBar(theme=RichProgressBarTheme(metrics_format=".3g"))]
     # A refresh rate of zero switches the bar off; without any bar Lightning would add its own.
     return [TQDMProgressBar(refresh_rate=0), EpochLines()]
 

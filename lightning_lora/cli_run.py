@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
 
 import lightning_lora.recipes as recipes
 from lightning_lora.callback import LoRACallback
@@ -31,6 +32,21 @@ DEFAULT_SEED = 42
 DEFAULT_EPOCHS = 3
 
 
+class SaveConfigOnStart(SaveConfigCallback):
+    """Writes the config once training starts.
+
+    A resume that is refused on the way there leaves the run's own config as it was.
+    """
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing yet."""
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
+
+
 class LoRACLI(LightningCLI):
     """Parse the arguments, build model, data and trainer, and run the subcommand.
 
@@ -49,6 +65,7 @@ class LoRACLI(LightningCLI):
             args=arguments,
             parser_class=ExplainingParser,
             parser_kwargs={"prog": "lightning-lora"},
+            save_config_callback=SaveConfigOnStart,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=DEFAULT_SEED,
             trainer_defaults={

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import (
     Callback,
     ModelCheckpoint,
     OnExceptionCheckpoint,
+    StochasticWeightAveraging,
     WeightAveraging,
 )
 from lightning.pytorch.tuner import Tuner
@@ -365,6 +366,33 @@ def test_learning_rate_finder_leaves_the_model_as_it_was(tmp_path: Path) -> None
     )
     trainer.fit(model)
     assert set(model.state_dict()) == set(base_weights())
+
+
+def test_batch_size_finder_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    class Sized(PlainClassifier):
+        batch_size = 2
+
+        def train_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(dataset(), batch_size=self.batch_size)
+
+    model = Sized("mlp")
+    trainer = make_trainer(tmp_path, make_lora())
+    Tuner(trainer).scale_batch_size(model, mode="power", max_trials=2, steps_per_trial=2)
+    assert model.batch_size > 2
+    factors = adapter_state_dict(model)
+    assert all(bool((v == 0).all()) for k, v in factors.items() if k.endswith("B"))
+    trainer.fit(model)
+    assert set(model.state_dict()) == set(base_weights())
+
+
+def test_stochastic_weight_averaging(tmp_path: Path) -> None:
+    model = build()
+    averaging = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
+    trainer = make_trainer(tmp_path, make_lora(), max_epochs=4, callbacks=[averaging])
+    trainer.fit(model)
+    assert set(model.state_dict()) == set(base_weights())
+    changed = [k for k, v in base_weights().items() if not torch.equal(v, model.state_dict()[k])]
+    assert changed and all(k.endswith("weight") for k in changed)
 
 
 def test_weight_averaging_after_lora_works_and_before_is_refused(tmp_path: Path) -> None:

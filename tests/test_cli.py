@@ -137,6 +137,16 @@ def test_a_fresh_process_predicts_from_the_checkpoint_alone_and_the_export_agree
             assert score["score"] == pytest.approx(probability, abs=1e-5)
 
 
+def test_the_commands_checkpoint_loads_without_a_trainer(fitted: tuple[Path, str]) -> None:
+    from lightning_lora import load_lightning_module
+    from lightning_lora.recipes import TextClassifier
+
+    run = fitted[0] / "outputs" / "tiny" / "version_0"
+    module = load_lightning_module(TextClassifier, run / "checkpoints" / "best.ckpt")
+    assert module.class_names == ["neg", "neutral", "pos"]
+    assert not any("lora" in key for key in module.state_dict())
+
+
 @pytest.fixture
 def here(fitted: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(fitted[0])
@@ -188,6 +198,27 @@ def test_a_fit_without_a_validation_merges_its_last_weights(
     assert "last checkpoint" in output
     assert "best checkpoint (" not in output
     assert (here / "short" / "version_0" / "merged" / "model.safetensors").exists()
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = here / "outputs" / "tiny" / "version_0"
+    kept = {name: (run / name).read_bytes() for name in ("config.yaml", "checkpoints/last.ckpt")}
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "fit",
+                "--config",
+                "tiny.yaml",
+                "--lora.r",
+                "8",
+                "--ckpt_path",
+                f"{run}/checkpoints/last.ckpt",
+            ]
+        )
+    assert "r: 4 in the checkpoint, 8 now" in capsys.readouterr().err
+    assert kept == {name: (run / name).read_bytes() for name in kept}
 
 
 def test_settings_on_the_command_line_go_before_the_file(

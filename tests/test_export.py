@@ -58,7 +58,9 @@ def test_export_of_a_hugging_face_model(tmp_path: Path, make: Any) -> None:
         bare.load_state_dict(base)
         assert not torch.allclose(bare.eval()(input_ids=IDS).logits, expected, atol=1e-3)
         load_adapter(bare, tmp_path / "out/adapter")
-        torch.testing.assert_close(bare.eval()(input_ids=IDS).logits, expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            bare.eval()(input_ids=IDS).logits, expected, atol=1e-5, rtol=1e-4
+        )
     assert set(merged.state_dict()) == set(base)
 
 

@@ -28,9 +28,8 @@ def replacing_directory(target: str | Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        # mkdtemp makes the folder private; what is exported is as readable as any other new folder.
-        fresh.chmod(0o777 & ~_umask())
         yield fresh
+        _make_readable(fresh)
         _replace(target, fresh)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -53,7 +52,10 @@ def _replace(target: Path, fresh: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _umask() -> int:
+def _make_readable(folder: Path) -> None:
+    """Give everything the permissions of new files: mkdtemp and safetensors make theirs private."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    folder.chmod(0o777 & ~mask)
+    for path in folder.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

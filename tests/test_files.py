@@ -81,3 +81,12 @@ def test_permissions_are_those_of_any_new_folder(tmp_path: Path) -> None:
     with replacing_directory(tmp_path / "target"):
         pass
     assert (tmp_path / "target").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
+def test_private_files_become_as_readable_as_new_ones(tmp_path: Path) -> None:
+    (tmp_path / "ordinary").write_text("")
+    with replacing_directory(tmp_path / "target") as fresh:
+        (fresh / "private").write_text("")
+        (fresh / "private").chmod(0o600)
+    modes = [(tmp_path / name).stat().st_mode for name in ("ordinary", "target/private")]
+    assert modes[0] == modes[1]

@@ -1,1 +1,1 @@
-"""Offline quickstart: a small pretrained encoder, a labelled data set, and the script that made both."""
+"""Offline quickstart: a small pretrained encoder, a labelled data set, and what made both."""

@@ -25,6 +25,7 @@ LABELS = ("no_problem", "solved", "unsolved", "broke_later", "own_fault")
 
 
 def words(text: str) -> list[str]:
+    """The items of a comma-separated list."""
     return [" ".join(item.split()) for item in text.split(",") if item.strip()]
 
 
@@ -78,8 +79,8 @@ GROUPS = [
             tablet, laptop, phone, camera, projector, television, router, alarm clock, watch,
             charger, doorbell, thermostat, game console, microphone, webcam, torch, turntable,
             smoke alarm, baby monitor, drone, calculator, power bank, amplifier"""),
-        good_verbs=words("""start, respond, charge, connect, switch on, react at once, hold a charge,
-            wake up, keep time"""),
+        good_verbs=words("""start, respond, charge, connect, switch on, react at once,
+            hold a charge, wake up, keep time"""),
         bad_verbs=words("""crash, freeze, flicker, buzz, overheat, beep, crackle, lag, stall, hum,
             drain the battery, blink, lose the signal, hang, glitch, restart, rattle, whine"""),
         good_adjectives=words("""fast, stable, responsive, bright, clear, sharp, quick, quiet,
@@ -128,9 +129,10 @@ SHOP = words("""your courier, your technician, the driver, your engineer, the fi
     the workshop, the installer, your colleague, the carrier, your partner firm,
     your shop assistant, a man from your shop, the delivery crew, your electrician, your trainee,
     the van driver, your specialist, the service partner, your apprentice""")
-HOUSEHOLD = words("""I, my son, my daughter, my husband, my wife, my nephew, I, my cousin, my mother,
-    my father, my brother, my flatmate, I, our babysitter, my uncle, a friend of mine, my grandson,
-    my partner, my aunt, my niece, my roommate, my grandfather, my sister, our lodger""")
+HOUSEHOLD = words("""I, my son, my daughter, my husband, my wife, my nephew, I, my cousin,
+    my mother, my father, my brother, my flatmate, I, our babysitter, my uncle, a friend of mine,
+    my grandson, my partner, my aunt, my niece, my roommate, my grandfather, my sister,
+    our lodger""")
 # "past | participle" with @ for the product.
 NEUTRAL = words("""took @ apart | taken apart, cleaned @ | cleaned, adjusted @ | adjusted,
     opened @ | opened, moved @ | moved, took @ outside | taken outside, reset @ | reset,
@@ -202,13 +204,37 @@ CLOSINGS = {
     "broke_later": ["Does the guarantee cover this?", "Please have @ collected for repair."],
     "own_fault": ["What would a repair cost me?", "I know that I have to pay for this myself."],
 }
-REPLIES = {
-    "no_problem": ["It is good to hear that K1.", "We are pleased that S1 and that S0 from day one."],
-    "solved": ["We are glad that C1.", "Sorry that S0; how nice that S1 in the end."],
-    "unsolved": ["We are sorry that K1.", "We regret that S0 and that K1."],
-    "broke_later": ["What a pity that C1.", "Our guarantee covers @ if S0 and S1 only later."],
-    "own_fault": ["What a pity that C1 after T.", "Our guarantee does not cover @ when T."],
-}
+# [now glad/sorry] is the first word if the product is good now, [start smooth/rough] if it was good
+# at the start, [own yours/ours] if the customer's household handled it.
+REPLIES = [
+    "We are [now glad/sorry] to hear this.",
+    "How [now nice/sad] that E1.",
+    "That is [now good/bad] news: E1.",
+    "The start was [start smooth/rough], the end is [now happy/sad].",
+    "After a [start smooth/rough] start we are [now glad/sorry] that E1.",
+    "You [now keep/return] @ then.",
+]
+DEED_REPLIES = [
+    "That was [own yours/ours] to do.",
+    "We are [now glad/sorry], and what was done to @ was [own yours/ours] to do.",
+]
+# Reviews are part of the pretraining text only: they say several things of one kind in a row.
+REVIEWS = [
+    "I [now love/hate] @: R.",
+    "A [now wise/foolish] buy: R.",
+    "We [now like/dislike] @, for R.",
+    "[now Great/Bad] news: R.",
+    "R. In short, I am [now happy/unhappy] with @.",
+    "R. So I [now keep/return] @.",
+    "R. My advice is [now yes/no].",
+]
+JUDGING = sorted({
+    word.lower()
+    for text in REPLIES + DEED_REPLIES + REVIEWS
+    for pair in re.findall(r"\[\w+ (\w+)/(\w+)\]", text)
+    for word in pair
+})  # fmt: skip
+
 # In the reply it is the shop that speaks.
 SWAP = {"I": "you", "me": "you", "us": "you", "my": "your", "our": "your", "your": "our"}
 
@@ -223,7 +249,7 @@ DOUBLED |= {"run", "spin", "let", "fit"}
 
 
 def inflect(verb: str, form: str) -> str:
-    """`form` is "s" (it leaks), "ed" (it leaked) or "ing" (leaking); the first word is inflected."""
+    """The verb as "s" (it leaks), "ed" (it leaked) or "ing" (leaking); its first word changes."""
     head, *rest = verb.split()
     stem = head + head[-1] if head in DOUBLED and form != "s" else head
     if form == "s":
@@ -246,6 +272,7 @@ class Writer:
         self.seen_only = seen_only
 
     def pick(self, items: list[str]) -> str:
+        """One of the items that this writer may use."""
         if self.seen_only:
             items = [item for i, item in enumerate(items) if i % 3 != 2]
         return self.rng.choice(items)
@@ -259,19 +286,31 @@ class Writer:
             text = self.body()
             # A note names the product first, so "it" would be unclear after another item's aside.
             opening = self.rng.random()
-            if opening < 0.25:
+            if opening < 0.2:
                 text = self.other_item(product) + " " + text
-            elif opening < 0.45:
+            elif opening < 0.4:
                 text = self.promise() + " " + text
-            if opening > 0.35 and self.rng.random() < 0.5:
+            if opening > 0.3 and self.rng.random() < 0.4:
                 text = self.rng.choice(NOTES) + " " + text
-            if passage and self.rng.random() < 0.5:
+            if passage and self.rng.random() < 0.2:
                 text += " " + self.rng.choice(CLOSINGS[label])
             if not 8 <= len(text.split()) <= 32:
                 continue
-            if passage and self.rng.random() < 0.7:
-                text += " Reply: " + self.rng.choice(REPLIES[label])
+            if passage:
+                replies = REPLIES + DEED_REPLIES * 2 if self.handled else REPLIES
+                text += " Reply: " + self.rng.choice(replies)
             return self.finish(text, product)
+
+    def review(self) -> str:
+        """A product review for pretraining."""
+        self.group = self.rng.choice(GROUPS)
+        self.now_good = self.rng.random() < 0.5
+        when = self.rng.choice(["now", "past"])
+        count = self.rng.randint(2, 4)
+        states = [self.state(self.now_good, when, denial=0.1) for _ in range(count)]
+        listed = ", ".join(states[:-1]) + " and " + states[-1]
+        text = re.sub(r"\bR\b", listed, self.rng.choice(REVIEWS))
+        return self.finish(text, self.pick(self.group.products))
 
     def story(self, label: str) -> None:
         """Set how it was, how it is, and who (if anybody) did what in between."""
@@ -288,6 +327,7 @@ class Writer:
         self.deeds = NEUTRAL if self.rng.random() < 0.65 else other
 
     def body(self) -> str:
+        """A skeleton that fits the story."""
         if self.start_good == self.now_good:
             return self.rng.choice(SAME_AFTER if self.handled else SAME)
         return self.rng.choice(CHANGED_BY if self.handled else CHANGED)
@@ -323,15 +363,16 @@ class Writer:
         return f"@ was {participle} by {agent} while {other} looked on"
 
     def verb(self, good: bool) -> str:
+        """A verb for a good or a bad product."""
         name = "good_verbs" if good else "bad_verbs"
         return self.pick(getattr(self.rng.choice([SHARED, self.group]), name))
 
-    def state(self, good: bool, when: str) -> str:
+    def state(self, good: bool, when: str, denial: float = 0.25) -> str:
         """A clause on the product: `when` is past, now, change ("no longer") or still."""
-        denied = self.rng.random() < 0.5
+        denied = self.rng.random() < denial
         kind = self.rng.choice(["verb", "verb", "adjective", "adjective", "fault"])
-        if kind == "fault" and denied != good:
-            kind = "adjective"
+        if kind == "fault":
+            denied = good
         source = self.rng.choice([SHARED, self.group])
         if kind == "verb":
             word = self.verb(good != denied)
@@ -379,6 +420,11 @@ class Writer:
             }
         return self.rng.choice((negated if denied else plain)[when])
 
+    def judge(self, match: re.Match[str]) -> str:
+        """The word of a [kind good/bad] choice that fits the story."""
+        truth = {"now": "now_good", "start": "start_good", "own": "own"}[match[1]]
+        return match[2] if getattr(self, truth) else match[3]
+
     def finish(self, text: str, product: str) -> str:
         """Fill in states, deeds, choices and the product, and set the capitals."""
         fills = {
@@ -386,9 +432,11 @@ class Writer:
             "S1": lambda: self.state(self.now_good, "now"),
             "C1": lambda: self.state(self.now_good, "change"),
             "K1": lambda: self.state(self.now_good, "still"),
+            "E1": lambda: self.state(self.now_good, "now"),
             "T": self.deed,
         }
-        text = re.sub(r"\b(S0|S1|C1|K1|T)\b", lambda match: fills[match[1]](), text)
+        text = re.sub(r"\[(\w+) (\w+)/(\w+)\]", self.judge, text)
+        text = re.sub(r"\b(S0|S1|C1|K1|E1|T)\b", lambda match: fills[match[1]](), text)
 
         def choose(match: re.Match[str]) -> str:
             names = match[1].split("|")

@@ -17,7 +17,8 @@ passages are half reviews and half messages with the shop's reply; they carry no
 review's verdict and a reply's tone ("we are sorry") follow from what was told, as in real text. No
 message is in two splits, and no passage begins with a message of any split.
 
-The same seed, thread count and versions give the same files.
+The same seed gives the same data files and passages. The model comes out slightly different each
+time, for the tokenizer's trainer breaks ties between equally frequent word pieces by chance.
 """
 
 from __future__ import annotations

@@ -5,8 +5,7 @@ alternatives.
     python benchmarks/trec_minilm.py --data DIR --seeds 0 1 2
 
 DIR holds train.tsv and test.tsv with the columns coarse, fine, question. Every method sees the same
-batches in the same order for the same number of epochs; the learning rate is the best of a small
-sweep for each method.
+batches in the same order for the same number of epochs, with a learning rate of its own.
 """
 
 from __future__ import annotations

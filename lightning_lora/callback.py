@@ -280,7 +280,7 @@ class LoRACallback(Callback):
         # Before any part of the checkpoint reaches the model, the loops or the optimizers.
         audit_metadata(model, require_metadata(checkpoint, source), source)
         audit_state(model, checkpoint["state_dict"], source)
-        if strategy.lightning_module.trainer.state.fn == TrainerFn.FITTING:  # type: ignore[union-attr]
+        if model.trainer.state.fn == TrainerFn.FITTING:
             require_training_state(checkpoint, source)
         return checkpoint
 

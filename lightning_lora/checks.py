@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
 from lightning_lora.errors import ConfigError
+from lightning_lora.names import listed
 
 
 def check_strategy(trainer: Trainer) -> None:
@@ -82,21 +83,18 @@ def check_optimizers(trainer: Trainer, model: LightningModule) -> None:
     optimized = {
         id(p)
         for optimizer in trainer.optimizers
-        for group in _groups(optimizer)
+        for group in optimizer.param_groups
         for p in group["params"]
     }
     left_out = [
         name for name, p in model.named_parameters() if p.requires_grad and id(p) not in optimized
     ]
     if left_out:
-        some = ", ".join(left_out[:3]) + (
-            f", ... {len(left_out) - 3} more" if len(left_out) > 3 else ""
-        )
         raise ConfigError(
             f"{len(left_out)} trainable parameters are in no optimizer and would never change: "
-            f"{some}. Most likely the optimizer was built before LoRA was injected (in __init__, "
-            "or by a top-level 'optimizer:' of LightningCLI). Build it in configure_optimizers "
-            "from self.parameters()."
+            f"{listed(left_out, limit=3)}. Most likely the optimizer was built before LoRA was "
+            "injected (in __init__, or by a top-level 'optimizer:' of LightningCLI). Build it in "
+            "configure_optimizers from self.parameters()."
         )
 
 
@@ -113,7 +111,3 @@ def check_best_checkpoint(trainer: Trainer) -> ModelCheckpoint:
         "merge_from='best' needs a ModelCheckpoint that monitors a metric, for instance "
         "ModelCheckpoint(monitor='val/loss', mode='min'). Add one, or use merge_from='last'."
     )
-
-
-def _groups(optimizer: object) -> list[dict[str, list[torch.Tensor]]]:
-    return optimizer.param_groups  # type: ignore[attr-defined]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -15,7 +15,7 @@ from lightning_lora.checkpoints import read_checkpoint
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError
 from lightning_lora.files import replacing_directory
-from lightning_lora.injection import inject_lora, injection_of
+from lightning_lora.injection import inject_lora, injection_of, require_injection
 from lightning_lora.merging import merge_lora, unmerge_lora
 from lightning_lora.names import modules_by_name
 from lightning_lora.peft_format import (
@@ -26,7 +26,15 @@ from lightning_lora.peft_format import (
 )
 from lightning_lora.plan import Plan
 from lightning_lora.removal import remove_lora
-from lightning_lora.state import METADATA_KEY, audit_metadata, load_adapter_state_dict
+from lightning_lora.state import (
+    METADATA_KEY,
+    adapter_state_dict,
+    audit_metadata,
+    load_adapter_state_dict,
+)
+
+# The settings, the state, and the metadata that only checkpoints have.
+_Adapter: TypeAlias = tuple[LoRAConfig, dict[str, Tensor], Mapping[str, Any] | None]
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -74,19 +82,7 @@ def load_adapter(model: nn.Module, path: str | Path, strict_base: bool = True) -
         CheckpointError: The adapter is missing, damaged, or does not fit; the model is as it was
             before.
     """
-    config, state, metadata = _read(Path(path), model)
-    fresh = injection_of(model) is None
-    plan = inject_lora(model, config)
-    try:
-        unmerge_lora(model)
-        if metadata is not None and strict_base:
-            audit_metadata(model, metadata, str(path))
-        load_adapter_state_dict(model, state, str(path))
-    except CheckpointError:
-        if fresh:
-            remove_lora(model)
-        raise
-    return plan
+    return _load(model, _read(Path(path), model), str(path), strict_base)
 
 
 def swap_adapter(model: nn.Module, path: str | Path) -> Plan:
@@ -104,20 +100,44 @@ def swap_adapter(model: nn.Module, path: str | Path) -> Plan:
         ConfigError: The model has no LoRA.
         CheckpointError: The new adapter is missing, damaged, or does not fit.
     """
-    config, _, _ = _read(Path(path), model)
-    record = injection_of(model)
-    merged = record is not None and record.merged
-    if record is not None and record.config != config:
+    record = require_injection(model)
+    adapter = _read(Path(path), model)
+    merged, old_config = record.merged, record.config
+    old_state = {name: tensor.clone() for name, tensor in adapter_state_dict(model).items()}
+    if old_config != adapter[0]:
         remove_lora(model)
-    plan = load_adapter(model, path)
-    if merged:
-        merge_lora(model)
+    try:
+        return _load(model, adapter, str(path), strict_base=True)
+    except CheckpointError:
+        if injection_of(model) is None:
+            inject_lora(model, old_config)
+            load_adapter_state_dict(model, old_state)
+        raise
+    finally:
+        if merged:
+            merge_lora(model)
+
+
+def _load(model: nn.Module, adapter: _Adapter, source: str, strict_base: bool) -> Plan:
+    config, state, metadata = adapter
+    record = injection_of(model)
+    plan = inject_lora(model, config)
+    was_merged = record is not None and record.merged
+    unmerge_lora(model)
+    try:
+        if metadata is not None and strict_base:
+            audit_metadata(model, metadata, source)
+        load_adapter_state_dict(model, state, source)
+    except CheckpointError:
+        if record is None:
+            remove_lora(model)
+        elif was_merged:
+            merge_lora(model)
+        raise
     return plan
 
 
-def _read(
-    path: Path, model: nn.Module
-) -> tuple[LoRAConfig, dict[str, Tensor], Mapping[str, Any] | None]:
+def _read(path: Path, model: nn.Module) -> _Adapter:
     if path.is_dir():
         return _read_peft(path)
     checkpoint = read_checkpoint(path)
@@ -128,7 +148,7 @@ def _read(
     return LoRAConfig.from_dict(metadata["config"]), state, {**metadata, "targets": targets}
 
 
-def _read_peft(path: Path) -> tuple[LoRAConfig, dict[str, Tensor], None]:
+def _read_peft(path: Path) -> _Adapter:
     try:
         config = json.loads((path / CONFIG_FILE).read_text())
         tensors = load_file(path / WEIGHTS_FILE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 # torch.compile, activation checkpointing and FSDP1 each put a level of their own into names.
@@ -15,6 +17,16 @@ def clean_name(name: str) -> str:
     'model.layer.weight'
     """
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def listed(names: Sequence[str], limit: int = 5) -> str:
+    """The first names, and how many more there are.
+
+    >>> listed(["a", "b", "c"], limit=2)
+    'a, b, ... 1 more'
+    """
+    more = f", ... {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:

@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lightning_lora.names import listed
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -115,13 +117,15 @@ class Plan:
             table.add_row(f"{kind}, r={r}, alpha={alpha:g}", f"{count:,}", "layers adapted")
         for reason, count in Counter(reason for _, reason in self.skipped).items():
             names = [name for name, why in self.skipped if why == reason]
-            table.add_row("left alone", f"{count:,}", escape(f"{reason} ({_some(names)})"))
+            table.add_row(
+                "left alone", f"{count:,}", escape(f"{reason} ({listed(names, limit=3)})")
+            )
         table.add_section()
         labels = {
             "bias": "biases",
             "norm": "norms",
             "embedding": "embeddings",
-            "whole": escape(f"trained whole ({_some(list(self.saved_modules))})"),
+            "whole": escape(f"trained whole ({listed(self.saved_modules, limit=3)})"),
         }
         table.add_row("parameters", f"{self.lora_parameters:,}", "LoRA factors")
         for reason, count in self.counts().items():
@@ -143,11 +147,6 @@ class Plan:
 
 def _grouped(targets: tuple[Target, ...]) -> Counter[tuple[str, int, float]]:
     return Counter((target.kind, target.r, target.alpha) for target in targets)
-
-
-def _some(names: list[str], limit: int = 3) -> str:
-    more = f", ... {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 def _product(shape: tuple[int, ...]) -> int:

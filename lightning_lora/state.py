@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import CheckpointError, ConfigError
 from lightning_lora.fingerprint import fingerprint
 from lightning_lora.injection import Injection, persistent_buffers, require_injection
-from lightning_lora.names import clean_name, modules_by_name
+from lightning_lora.names import clean_name, listed, modules_by_name
 
 FORMAT_VERSION = 1
 METADATA_KEY = "lightning_lora"
@@ -101,7 +101,7 @@ def audit_state(model: nn.Module, state: Mapping[str, Tensor], source: str = "th
             "checkpoint."
         )
     lines = [
-        f"\n  {label}: {_listed(names)}"
+        f"\n  {label}: {listed(names)}"
         for label, names in (
             ("missing", missing),
             ("unexpected", unexpected),
@@ -191,9 +191,9 @@ def _config_differences(metadata: Mapping[str, Any], here: Mapping[str, Any]) ->
     only_theirs = [name for name in theirs if name not in ours]
     only_ours = [name for name in ours if name not in theirs]
     if only_theirs:
-        yield f"target_modules: adapted in the checkpoint alone: {_listed(only_theirs)}"
+        yield f"target_modules: adapted in the checkpoint alone: {listed(only_theirs)}"
     if only_ours:
-        yield f"target_modules: adapted here alone: {_listed(only_ours)}"
+        yield f"target_modules: adapted here alone: {listed(only_ours)}"
     yield from _setting_differences(metadata, here, _SHAPING)
 
 
@@ -254,8 +254,3 @@ def _base(base: Mapping[str, Any]) -> str:
     fingerprint = str(base["fingerprint"])
     size = f"{base['parameters']:,} parameters"
     return f"{base['name_or_path']} ({size}, fingerprint {fingerprint[:12]})"
-
-
-def _listed(names: list[str], limit: int = 5) -> str:
-    more = f", ... {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

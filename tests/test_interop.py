@@ -204,6 +204,25 @@ def test_a_failed_load_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     assert not any("lora" in key for key in other.state_dict())
 
 
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("r", [4, 2])
+def test_a_refused_adapter_leaves_the_present_one(tmp_path: Path, merged: bool, r: int) -> None:
+    other = LlamaForCausalLM(LlamaConfig(**{**SIZES, "hidden_size": 16}, num_key_value_heads=2))
+    inject_lora(other, r=r, alpha=12, target_modules=["q_proj"])
+    save_adapter(other, tmp_path / "other")
+    model = fresh(llama)
+    inject_lora(model, r=4, alpha=12, target_modules=["q_proj"], modules_to_save=[])
+    train_a_little(model)
+    if merged:
+        merge_lora(model)
+    before = outputs(model)
+    with pytest.raises(CheckpointError, match="nothing was loaded"):
+        swap_adapter(model, tmp_path / "other")
+    assert all(torch.equal(a, b) for a, b in zip(outputs(model), before, strict=True))
+    record = injection_of(model)
+    assert record is not None and record.merged is merged and record.config.r == 4
+
+
 def test_bad_adapter_folders(tmp_path: Path) -> None:
     model = fresh(mlp)
     with pytest.raises(CheckpointError, match="no adapter folder"):

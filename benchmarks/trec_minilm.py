@@ -21,8 +21,7 @@ from typing import Any
 from lightning.pytorch import Trainer, seed_everything
 
 from lightning_lora import LoRACallback
-from lightning_lora.recipes.classification import TextClassifier
-from lightning_lora.recipes.classification_data import ClassificationDataModule
+from lightning_lora.recipes import ClassificationDataModule, TextClassifier
 
 
 class LinearProbe(TextClassifier):

@@ -1,6 +1,9 @@
 """Ready-made LightningModules and LightningDataModules, for the configs and the command line."""
 
-from lightning_lora.recipes.classification import TextClassifier
-from lightning_lora.recipes.classification_data import ClassificationDataModule
+from lightning_lora.recipes.classification import (
+    ClassificationDataModule,
+    GlueDataModule,
+    TextClassifier,
+)
 
-__all__ = ["ClassificationDataModule", "TextClassifier"]
+__all__ = ["ClassificationDataModule", "GlueDataModule", "TextClassifier"]

@@ -1,25 +1,36 @@
 """Tables on disk: CSV, TSV, JSON lines and Parquet files, and paths into the installed package.
 
 A table is a dictionary of columns with the file's name and line numbers beside it, so that every
-complaint about a value can say where the value stands.
+complaint about a value can say where the value stands. Files too large to hold are read once into
+memory-mapped columns.
 """
 
 from __future__ import annotations
 
-import csv
 import difflib
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from lightning_lora.errors import DataError
+from lightning_lora.recipes.cache import cached_rows, file_fingerprint, fingerprint
+from lightning_lora.recipes.readers import (
+    NumberedRows,
+    delimited_rows,
+    first_sign,
+    json_elements,
+    json_lines,
+)
 
 BUNDLED = "bundled:"
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+# Bytes from which on a file's rows are not kept in memory.
+LARGE_FILE = 64 * 2**20
+_LINE = "__line__"
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,7 @@ class Table:
         numbers: What the user counts each row as; None counts from 1.
         unit: What is counted: `"line"` in text files, `"row"` elsewhere.
         class_names: Names of the classes where the source itself declares them.
+        fingerprint: Tells these rows from others, for what is prepared from them.
     """
 
     source: str
@@ -39,6 +51,7 @@ class Table:
     numbers: Sequence[int] | None = None
     unit: str = "row"
     class_names: list[str] | None = None
+    fingerprint: str = ""
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()))) if self.columns else 0
@@ -67,9 +80,31 @@ class Table:
 
     def select(self, rows: Sequence[int]) -> Table:
         """Return a table of these rows, which keep their place in the source."""
-        columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
+        columns = {name: Selection(values, rows) for name, values in self.columns.items()}
         numbers = [row + 1 if self.numbers is None else self.numbers[row] for row in rows]
-        return replace(self, columns=columns, numbers=numbers)
+        chosen = fingerprint([self.fingerprint, list(rows)])
+        return replace(self, columns=columns, numbers=numbers, fingerprint=chosen)
+
+
+class Selection(Sequence):
+    """Some values of a column, looked up when they are asked for.
+
+    Example:
+        >>> list(Selection(["a", "b", "c"], [2, 0]))
+        ['c', 'a']
+    """
+
+    def __init__(self, values: Sequence[Any], rows: Sequence[int]) -> None:
+        self.values = values
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self.values[row] for row in self.rows[place]]
+        return self.values[self.rows[place]]
 
 
 def nearest(word: str, known: Any) -> str:
@@ -116,13 +151,23 @@ def bundled_names() -> list[str]:
     return names + [f"{BUNDLED}{path.relative_to(root).as_posix()}" for path in data]
 
 
-def read_table(path: str, quoting: bool | None = None) -> Table:
+def read_table(
+    path: str,
+    quoting: bool | None = None,
+    cache_dir: str | None = None,
+    header: Sequence[str] | None = None,
+    skip_malformed: bool = False,
+) -> Table:
     """Read a CSV, TSV, JSON lines or Parquet file whose kind its suffix tells.
 
     Args:
         path: The file; CSV and TSV files start with a line of column names.
         quoting: Whether `"` quotes a field. None means yes for CSV and no for TSV, as in GLUE,
             where quotation marks are part of the text.
+        cache_dir: Where a large file's rows are kept, as in `cached_rows`.
+        header: Names of the columns of a CSV or TSV file that has no line of names.
+        skip_malformed: Leave out lines with too few or too many fields, with a warning, in place of
+            refusing the file.
 
     Raises:
         DataError: If the file is missing, empty, or cannot be read as what its suffix says.
@@ -138,14 +183,24 @@ def read_table(path: str, quoting: bool | None = None) -> Table:
         )
     if file.stat().st_size == 0:
         raise DataError(f"{path} is empty.")
+    unit = "line" if suffix in (".csv", ".tsv", ".jsonl") else "row"
+    state = fingerprint([file_fingerprint(file), quoting, header, skip_malformed])
     try:
         if suffix == ".parquet":
-            table = _read_parquet(file, path)
-        elif suffix in (".jsonl", ".json"):
-            table = _read_json(file, path)
+            table = _read_parquet(file, path, state)
         else:
-            tabs = suffix == ".tsv"
-            table = _read_delimited(file, path, tabs, quoting if quoting is not None else not tabs)
+            rows: Callable[[], NumberedRows]
+            if suffix == ".json" and first_sign(file) == "[":
+                unit, rows = "element", partial(json_elements, file, path)
+            elif unit == "line" and suffix != ".jsonl":
+                tabs = suffix == ".tsv"
+                quoted = quoting if quoting is not None else not tabs
+                rows = partial(delimited_rows, file, path, tabs, quoted, header, skip_malformed)
+            else:
+                unit, rows = "line", partial(json_lines, file, path)
+            large = file.stat().st_size >= LARGE_FILE
+            collect = partial(_map_rows, cache_dir) if large else _hold_rows
+            table = collect(rows, path, unit, state)
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}. "
@@ -172,86 +227,43 @@ def _neighbours(missing: Path) -> str:
     return nearest(missing.name, sorted(path.name for path in folder.iterdir()))
 
 
-def _read_delimited(file: Path, source: str, tabs: bool, quoting: bool) -> Table:
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        options: dict[str, Any] = {"delimiter": "\t" if tabs else ","}
-        options["quoting"] = csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE
-        reader = csv.reader(stream, strict=True, **options)
-        try:
-            return _collect_rows(reader, source)
-        except csv.Error as error:
-            raise DataError(
-                f"{source}, line {reader.line_num}: {error}. If quotation marks are part of the "
-                "text and do not quote fields, set data.quoting to false."
-            ) from error
+def _hold_rows(rows: Callable[[], NumberedRows], source: str, unit: str, state: str) -> Table:
+    """Keep the rows in memory."""
+    numbered = list(rows())
+    names = dict.fromkeys(name for _, row in numbered for name in row)
+    columns = {name: [row.get(name) for _, row in numbered] for name in names}
+    return Table(source, columns, [number for number, _ in numbered], unit, fingerprint=state)
 
 
-def _collect_rows(reader: Any, source: str) -> Table:
-    header = next(reader, None)
-    if not header:
-        raise DataError(f"{source}, line 1: no column names.")
-    repeated = sorted({name for name in header if header.count(name) > 1})
-    if repeated:
-        raise DataError(
-            f"{source}, line 1: the column name {repeated[0]!r} occurs more than once. The first "
-            "line must hold the names of the columns."
-        )
-    rows: list[list[str]] = []
-    lines: list[int] = []
-    start = reader.line_num + 1
-    for row in reader:
-        if row:
-            if len(row) != len(header):
-                raise DataError(
-                    f"{source}, line {start}: {len(row)} fields where the first line names "
-                    f"{len(header)} columns ({', '.join(header)})."
-                )
-            rows.append(row)
-            lines.append(start)
-        start = reader.line_num + 1
-    columns = {name: [row[i] for row in rows] for i, name in enumerate(header)}
-    return Table(source, columns, lines, "line")
+def _map_rows(
+    cache_dir: str | None,
+    rows: Callable[[], NumberedRows],
+    source: str,
+    unit: str,
+    state: str,
+) -> Table:
+    """Write the rows to disk as they are read, and map them into memory."""
+
+    def build() -> Iterator[dict[str, Any]]:
+        for number, row in rows():
+            yield {_LINE: number, **row}
+
+    mapped = cached_rows(["table", state], build, cache_dir)
+    columns = {name: mapped[name] for name in mapped.column_names if name != _LINE}
+    return Table(source, columns, mapped[_LINE], unit, fingerprint=state)
 
 
-def _read_json(file: Path, source: str) -> Table:
-    text = file.read_text(encoding="utf-8-sig")
-    if file.suffix.lower() == ".json" and text.lstrip().startswith("["):
-        unit = "element"
-        try:
-            records = list(enumerate(json.loads(text), start=1))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{source}, line {error.lineno}: not JSON ({error.msg}).") from error
-    else:
-        unit = "line"
-        records = list(_json_lines(text, source))
-    for number, record in records:
-        if not isinstance(record, dict):
-            raise DataError(
-                f"{source}, {unit} {number}: expected an object with the columns as its keys."
-            )
-    names = dict.fromkeys(name for _, record in records for name in record)
-    columns = {name: [record.get(name) for _, record in records] for name in names}
-    return Table(source, columns, [number for number, _ in records], unit)
-
-
-def _json_lines(text: str, source: str) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{source}, line {number}: not a JSON object ({error.msg}). The file must hold "
-                    "one object a line."
-                ) from error
-
-
-def _read_parquet(file: Path, source: str) -> Table:
-    import pyarrow
+def _read_parquet(file: Path, source: str, state: str) -> Table:
+    import datasets
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(file)
+        if file.stat().st_size >= LARGE_FILE:
+            rows = datasets.Dataset.from_parquet(str(file))
+            columns = {name: rows[name] for name in rows.column_names}
+        else:
+            held = pyarrow.parquet.read_table(file)
+            columns = {name: held[name].to_pylist() for name in held.column_names}
     except pyarrow.ArrowException as error:
         raise DataError(f"{source} is not a Parquet file that can be read: {error}.") from error
-    return Table(source, {name: table[name].to_pylist() for name in table.column_names})
+    return Table(source, columns, fingerprint=state)

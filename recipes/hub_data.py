@@ -30,7 +30,9 @@ def load_hub_dataset(name: str, config: str | None = None) -> Any:
         ) from error
 
 
-def hub_table(loaded: Any, source: str, role: str, split: str, label_column: str) -> Table:
+def hub_table(
+    loaded: Any, source: str, role: str, split: str, label_column: str | list[str] | None = None
+) -> Table:
     """Take one split of a loaded dataset as a table, with class numbers turned into names.
 
     Args:
@@ -38,7 +40,8 @@ def hub_table(loaded: Any, source: str, role: str, split: str, label_column: str
         source: The dataset's name.
         role: What the split is used for: `train`, `validation`, `test` or `predict`.
         split: The split's name.
-        label_column: The column of labels; its class names are used where it declares them.
+        label_column: The column of labels; its class names are used where it declares them. A
+            column of lists of labels gives lists of names.
 
     Raises:
         DataError: If there is no such split.
@@ -50,11 +53,16 @@ def hub_table(loaded: Any, source: str, role: str, split: str, label_column: str
         )
     rows = loaded[split]
     columns: dict[str, Any] = {column: rows[column] for column in rows.column_names}
-    names = getattr(rows.features.get(label_column), "names", None)
-    if names is not None:
-        # GLUE marks the withheld labels of its test sets with -1.
-        columns[label_column] = [
-            None if number is None or number < 0 else names[number]
-            for number in columns[label_column]
-        ]
-    return Table(f"{source} [{split}]", columns, class_names=names)
+    label_type = rows.features.get(label_column) if isinstance(label_column, str) else None
+    names = getattr(getattr(label_type, "feature", label_type), "names", None)
+    if names is not None and isinstance(label_column, str):
+        columns[label_column] = [_names(names, value) for value in columns[label_column]]
+    title = f"{source} [{split}]"
+    return Table(title, columns, class_names=names, fingerprint=rows._fingerprint)
+
+
+def _names(names: list[str], value: Any) -> Any:
+    if isinstance(value, list):
+        return [names[number] for number in value]
+    # GLUE marks the withheld labels of its test sets with -1.
+    return None if value is None or value < 0 else names[value]

@@ -61,12 +61,16 @@ def load_model(auto_class: str, name_or_path: str, **options: Any) -> Any:
 
     Raises:
         ConfigError: If the model cannot be found or loaded, has no such head, or the folder's
-            weights have other shapes than the settings ask for.
+            weights have other shapes than the settings ask for; or it is an encoder-decoder.
     """
     import transformers
 
     source = resolve_model(name_or_path)
     with _readable_errors(name_or_path), _quiet_transformers():
+        config = transformers.AutoConfig.from_pretrained(
+            source, trust_remote_code=options.get("trust_remote_code", False)
+        )
+        _require_one_stack(config, name_or_path)
         model, report = getattr(transformers, auto_class).from_pretrained(
             source, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
@@ -141,6 +145,15 @@ def _checked_folder(folder: Path, name: str) -> str:
             f"{', '.join(sorted(path.name for path in folder.iterdir())[:8]) or 'nothing'}."
         )
     return str(folder)
+
+
+def _require_one_stack(config: Any, name: str) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"{name} is an encoder-decoder model ({config.model_type}); the recipes adapt encoders "
+            "and decoders. Take such a model, or write a LightningModule of your own around this "
+            "one and add LoRACallback."
+        )
 
 
 def _position_limit(config: Any) -> int | None:

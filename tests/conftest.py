@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import random
 from pathlib import Path
 
@@ -11,6 +12,13 @@ import torch
 
 # Models this small lose more to waiting for threads than the threads compute.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Prepared rows of tests stay out of the user's cache, in subprocesses too."""
+    os.environ["LIGHTNING_LORA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
 
 WORDS = {
     "neg": ["awful", "bad", "dull", "poor"],

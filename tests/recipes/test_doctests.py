@@ -14,17 +14,21 @@ import pytest
 
 from lightning_lora import recipes
 
-MODULES = [module.name for module in pkgutil.iter_modules(recipes.__path__) if not module.ispkg]
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(recipes.__path__, "lightning_lora.recipes.")
+    if not module.ispkg
+]
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_hold(name: str) -> None:
-    module = importlib.import_module(f"lightning_lora.recipes.{name}")
+    module = importlib.import_module(name)
     failed, _ = doctest.testmod(module)
     assert failed == 0
 
 
 def test_there_are_examples() -> None:
     finder = doctest.DocTestFinder()
-    modules = [importlib.import_module(f"lightning_lora.recipes.{name}") for name in MODULES]
+    modules = [importlib.import_module(name) for name in MODULES]
     assert sum(len(test.examples) for module in modules for test in finder.find(module)) >= 10

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.recipes.optimization import build_optimizer, parameter_groups, warmup_linear
+from lightning_lora.recipes.optimization import build_optimizer, parameter_groups, warmup_schedule
 
 
 def _model() -> torch.nn.Module:
@@ -44,7 +44,7 @@ def test_nothing_to_train_is_an_error() -> None:
 )
 def test_the_rate_rises_falls_and_ends_at_zero(warmup: float, rates: list[float] | None) -> None:
     sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
-    scheduler = warmup_linear(sgd, warmup, total_steps=4)["scheduler"]
+    scheduler = warmup_schedule(sgd, warmup, total_steps=4)["scheduler"]
     seen = []
     for _ in range(5):
         seen.append(scheduler.get_last_lr()[0] / 2.0)
@@ -59,9 +59,9 @@ def test_the_rate_rises_falls_and_ends_at_zero(warmup: float, rates: list[float]
 
 @pytest.mark.parametrize(
     ("warmup", "steps", "message"),
-    [(-0.1, 4, "warmup is -0.1"), (5, 4, "4 optimizer steps"), (0.1, float("inf"), "max_epochs")],
+    [(-0.1, 4, "warmup is -0.1"), (5, 4, "the fit has 4"), (0.1, float("inf"), "max_epochs")],
 )
 def test_schedules_that_cannot_be(warmup: float, steps: float, message: str) -> None:
     sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     with pytest.raises(ConfigError, match=message):
-        warmup_linear(sgd, warmup, steps)
+        warmup_schedule(sgd, warmup, steps)

@@ -14,8 +14,11 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning_lora import LoRACallback, load_lightning_module
 from lightning_lora.errors import CheckpointError, ConfigError
 from lightning_lora.recipes import ClassificationDataModule, TextClassifier
-from lightning_lora.recipes.labels import class_names_in_checkpoint
-from lightning_lora.recipes.predictions import ClassPredictionWriter, write_predictions
+from lightning_lora.recipes.classification.labels import class_names_in_checkpoint
+from lightning_lora.recipes.classification.predictions import (
+    ClassPredictionWriter,
+    write_predictions,
+)
 from lightning_lora.recipes.pretrained import load_tokenizer
 
 

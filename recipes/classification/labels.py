@@ -1,7 +1,8 @@
-"""Class names: read from training data, kept in checkpoints, turned into class numbers."""
+"""Class names: read from training data, kept in checkpoints; labels turned into numbers."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 
 from lightning_lora.errors import CheckpointError, DataError
+from lightning_lora.recipes.classification.label_sets import encode_label_sets, read_set_names
+from lightning_lora.recipes.classification.problems import MULTI_LABEL, REGRESSION
 from lightning_lora.recipes.files import Table, is_empty, nearest
 
 _MOST_CLASSES = 1000
@@ -82,6 +85,68 @@ def encode_labels(table: Table, label_column: str, class_names: Sequence[str]) -
             )
         encoded.append(numbers[name])
     return encoded
+
+
+def encode_numbers(table: Table, label_column: str) -> list[float]:
+    """Turn a label column of a regression into numbers.
+
+    Args:
+        table: The data.
+        label_column: The column that holds the values.
+
+    Raises:
+        DataError: If a value is missing or no finite number.
+    """
+    encoded = []
+    for row, value in enumerate(table.column(label_column, "data.label_column")):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise DataError(
+                f"{table.where(row)}: the column {label_column!r} holds {value!r} where a "
+                "regression needs a number. Correct the row, name another data.label_column, or "
+                "set data.problem_type."
+            )
+        encoded.append(number)
+    return encoded
+
+
+def label_names(
+    problem: str, table: Table, label_column: str | list[str], separator: str
+) -> list[str]:
+    """Return the class names of a problem; a regression has none.
+
+    Raises:
+        DataError: If the labels are not what the problem needs.
+    """
+    if problem == REGRESSION:
+        return []
+    if problem == MULTI_LABEL:
+        return read_set_names(table, label_column, separator)
+    assert isinstance(label_column, str)
+    return read_class_names(table, label_column)
+
+
+def encode_targets(
+    problem: str,
+    table: Table,
+    label_column: str | list[str],
+    class_names: Sequence[str],
+    separator: str,
+) -> list[Any]:
+    """Return what the loss compares with, row by row: a number, or one for each class.
+
+    Raises:
+        DataError: If a label is missing, unknown or not of the problem's kind.
+    """
+    if problem == MULTI_LABEL:
+        return encode_label_sets(table, label_column, class_names, separator)
+    assert isinstance(label_column, str)
+    if problem == REGRESSION:
+        return encode_numbers(table, label_column)
+    return encode_labels(table, label_column, class_names)
 
 
 def class_names_in_checkpoint(path: str | Path) -> list[str] | None:

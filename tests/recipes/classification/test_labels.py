@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from lightning_lora.errors import CheckpointError, DataError
-from lightning_lora.recipes.files import Table
-from lightning_lora.recipes.labels import (
+from lightning_lora.recipes.classification.labels import (
     class_names_in_checkpoint,
     encode_labels,
     read_class_names,
 )
+from lightning_lora.recipes.files import Table
 
 
 def test_names_are_sorted_and_whole_numbers_by_their_value() -> None:

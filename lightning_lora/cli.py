@@ -1,4 +1,4 @@
-"""The command `lightning-lora`: fit, validate, test and predict from one YAML file.
+"""The command `lightning-lora`: fit, validate, test and predict from a YAML file, bundled or not.
 
 Everything that takes long to import is imported once the arguments ask for it.
 """
@@ -10,14 +10,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_lora.cli_paths import bundled_configs, complete_arguments
+from lightning_lora.cli_paths import complete_arguments
 from lightning_lora.errors import LightningLoRAError
 
 TRACEBACK_VARIABLE = "LIGHTNING_LORA_TRACEBACK"
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
+CONFIGS = "configs"
 
 _HELP = """\
 usage: lightning-lora {{fit,validate,test,predict}} --config CONFIG [--KEY VALUE ...]
+       lightning-lora configs {{list,show,copy}} [NAME] [DEST]
 
 Fine-tune a model with LoRA, score it, and predict with it.
 
@@ -25,8 +27,9 @@ Fine-tune a model with LoRA, score it, and predict with it.
   validate  score a checkpoint on the validation data
   test      score a checkpoint on the test data
   predict   write the predictions for data without labels to a file
+  configs   list the configs in the package, print one, or copy one to a file of your own
 
-  --config CONFIG     a YAML file, or one of these: {configs}
+  --config CONFIG     a YAML file, or the name of a config in the package
   --KEY VALUE         overrides a key of the config: --lora.r 16 --trainer.max_epochs 5
   --ckpt_path PATH    the checkpoint to use: a file, `best` or `last`. The config saved beside it
                       is used where --config is not given
@@ -51,11 +54,12 @@ def main(args: Sequence[str] | None = None) -> None:
     Example:
         >>> main(["--help"])  # doctest: +ELLIPSIS
         usage: lightning-lora {fit,validate,test,predict} --config CONFIG [--KEY VALUE ...]
+               lightning-lora configs {list,show,copy} [NAME] [DEST]
         ...
     """
     arguments = list(sys.argv[1:] if args is None else args)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_HELP.format(configs=", ".join(bundled_configs()), variable=TRACEBACK_VARIABLE))
+        print(_HELP.format(variable=TRACEBACK_VARIABLE))
         return
     if arguments[0] == "--version":
         from lightning_lora import __version__
@@ -63,7 +67,12 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"lightning-lora {__version__}")
         return
     try:
-        arguments = complete_arguments(arguments, SUBCOMMANDS)
+        if arguments[0] == CONFIGS:
+            from lightning_lora.cli_configs import run_configs
+
+            run_configs(arguments[1:])
+            return
+        arguments = complete_arguments(arguments, (*SUBCOMMANDS, CONFIGS))
         # Classes of the user's own are named by class_path and lie in the working directory.
         sys.path.insert(0, str(Path.cwd()))
         from lightning_lora.cli_run import LoRACLI
@@ -73,7 +82,7 @@ def main(args: Sequence[str] | None = None) -> None:
         mistake = _mistake_behind(error)
         if mistake is None or os.environ.get(TRACEBACK_VARIABLE):
             raise
-        print(f"error: {mistake}", file=sys.stderr)
+        print(f"error: {_message_of(mistake)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -82,6 +91,14 @@ def _mistake_behind(error: BaseException | None) -> LightningLoRAError | None:
     while error is not None and not isinstance(error, LightningLoRAError):
         error = error.__cause__
     return error
+
+
+def _message_of(mistake: LightningLoRAError) -> str:
+    """Return what a mistake says; what a data worker found is wrapped in the worker's traceback."""
+    text = str(mistake)
+    if not text.startswith("Caught "):
+        return text
+    return text.rpartition(f"{type(mistake).__module__}.{type(mistake).__name__}: ")[2]
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from lightning_utilities.core.imports import RequirementCache
 from typing_extensions import override
 
 from lightning_lora.callback import LoRACallback
-from lightning_lora.cli_paths import CHECKPOINTS
+from lightning_lora.cli_paths import CHECKPOINTS, CONFIG_FILE
+from lightning_lora.history import METRICS_FILE, metrics_files
 
 
 class EpochLines(Callback):
@@ -142,11 +144,38 @@ def _is_worth_reading(record: logging.LogRecord) -> bool:
     return not any(words in record.getMessage() for words in _CHATTER)
 
 
+def missing_folders(run_dir: Path) -> list[Path]:
+    """Return those of a run's folder and its parents that are not there yet, innermost first."""
+    return [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+
+
+def clear_unstarted(run_dir: Path, made: Sequence[Path]) -> None:
+    """Undo what the loggers have begun for a fit that never started, and nothing else.
+
+    Args:
+        run_dir: The run's folder. Training that has started has written a config into it.
+        made: The folders that were not there before, innermost first.
+    """
+    metrics, earlier = run_dir / METRICS_FILE, metrics_files(run_dir)
+    if run_dir not in made:
+        if earlier and not metrics.exists():
+            earlier[-1].rename(metrics)
+        return
+    if not (run_dir / CONFIG_FILE).exists():
+        for begun in run_dir.glob("events.out.tfevents.*"):
+            begun.unlink()
+    for folder in made:
+        try:
+            folder.rmdir()
+        except OSError:  # not there, or not empty
+            return
+
+
 def _keep_earlier_metrics(run_dir: Path) -> None:
     """Move a resumed run's metrics aside: CSVLogger deletes what it finds."""
-    metrics = run_dir / "metrics.csv"
+    metrics = run_dir / METRICS_FILE
     if metrics.is_file():
-        number = 1
+        number = len(metrics_files(run_dir))
         while (kept := run_dir / f"metrics_{number}.csv").exists():
             number += 1
         metrics.rename(kept)

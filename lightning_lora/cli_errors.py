@@ -136,6 +136,26 @@ def _unknown_key(
     return ConfigError(message)
 
 
+def constructor_arguments(cls: type) -> list[str]:
+    """Return the arguments of a class, with those that `**kwargs` pass on to its bases.
+
+    >>> class Base:
+    ...     def __init__(self, size: int) -> None: ...
+    >>> class Derived(Base):
+    ...     def __init__(self, name: str, **kwargs: int) -> None: ...
+    >>> constructor_arguments(Derived)
+    ['name', 'size']
+    """
+    names: list[str] = []
+    for owner in cls.__mro__:
+        if "__init__" in vars(owner):
+            parameters = list(inspect.signature(vars(owner)["__init__"]).parameters.values())[1:]
+            names += [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+                break
+    return list(dict.fromkeys(names))
+
+
 def _arguments_of(section: str, arguments: Sequence[str]) -> list[str]:
     import lightning_lora.recipes as recipes
 
@@ -144,7 +164,7 @@ def _arguments_of(section: str, arguments: Sequence[str]) -> list[str]:
         entry = content.get(section) if isinstance(content, dict) else None
         if isinstance(entry, dict) and "class_path" in entry:
             cls = getattr(recipes, str(entry["class_path"]).rsplit(".", 1)[-1], None)
-            return [] if cls is None else list(inspect.signature(cls).parameters)
+            return [] if cls is None else constructor_arguments(cls)
     return []
 
 

@@ -21,34 +21,58 @@ _VERSION = re.compile(r"version_(\d+)")
 
 def bundled_configs() -> list[str]:
     """Return the names of the configs in the package, such as `quickstart`."""
-    root = Path(str(resources.files("lightning_lora.configs")))
+    root = _config_root()
     return sorted(
         path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml")
     )
+
+
+def find_bundled(name: str) -> Path | None:
+    """Return the bundled config of that name, or None.
+
+    Args:
+        name: Its whole name, `classification/mrpc`, or its last part where no other config has the
+            same; `.yaml` and a leading `configs/` are allowed.
+
+    Raises:
+        ConfigError: If several configs end in that name; all are named.
+    """
+    known = bundled_configs()
+    bare = name.removesuffix(".yaml").removeprefix("configs/")
+    found = [bare] if bare in known else [c for c in known if c.rsplit("/", 1)[-1] == bare]
+    if len(found) > 1:
+        raise ConfigError(
+            f"Several bundled configs are called {bare}: {', '.join(found)}. Give the whole name."
+        )
+    return _config_root() / f"{found[0]}.yaml" if found else None
 
 
 def find_config(name: str) -> str:
     """Return the path of a config: a file of the user's, or a bundled one by its name.
 
     Raises:
-        ConfigError: If there is neither; what comes near is named.
+        ConfigError: If there is neither, or the name stands for several bundled ones; what comes
+            near is named.
     """
     if Path(name).is_file():
         return name
-    known = bundled_configs()
-    root = Path(str(resources.files("lightning_lora.configs")))
-    bare = name.removesuffix(".yaml").removeprefix("configs/")
-    for candidate in known:
-        if bare in (candidate, candidate.rsplit("/", 1)[-1]):
-            return str(root / f"{candidate}.yaml")
+    bundled = find_bundled(name)
+    if bundled is not None:
+        return str(bundled)
     folder = Path(name).parent
     files = [str(p) for p in folder.glob("*.y*ml")] if folder.is_dir() else []
-    matches = difflib.get_close_matches(name, known + files, n=1)
     raise ConfigError(
-        f"There is no config file {name}"
-        + (f" (did you mean {matches[0]}?)" if matches else "")
-        + f", and no bundled config of that name. Bundled are: {', '.join(known)}."
+        f"There is no config file {name}{near_config(name, files)}, and no bundled config of that "
+        f"name. Bundled are: {', '.join(bundled_configs())}."
     )
+
+
+def near_config(name: str, files: Sequence[str] = ()) -> str:
+    """Return `" (did you mean quickstart?)"` for the nearest bundled config or file, or nothing."""
+    known = bundled_configs()
+    whole = {full.rsplit("/", 1)[-1]: full for full in known}
+    matches = difflib.get_close_matches(name, [*known, *files, *whole], n=1)
+    return f" (did you mean {whole.get(matches[0], matches[0])}?)" if matches else ""
 
 
 def complete_arguments(arguments: Sequence[str], subcommands: Sequence[str]) -> list[str]:
@@ -143,6 +167,10 @@ def find_checkpoint(wanted: str, output_dir: Path) -> Path:
         listed = ", ".join(dict.fromkeys(str(found) for found in known)) or "none"
         raise CheckpointError(f"There is no checkpoint {wanted}. Found nearby: {listed}.")
     return path
+
+
+def _config_root() -> Path:
+    return Path(str(resources.files("lightning_lora.configs")))
 
 
 def _version_of(run: Path) -> int:

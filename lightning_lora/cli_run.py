@@ -12,21 +12,24 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-import lightning_lora.recipes as recipes
+import lightning_lora.recipes  # noqa: F401  (its classes are found by their bare names)
 from lightning_lora.callback import LoRACallback
 from lightning_lora.checkpoints import read_checkpoint
+from lightning_lora.cli_closing import KeepConfusion, close_fit, close_test
 from lightning_lora.cli_defaults import (
     MergeBest,
     checkpoint_callback,
+    clear_unstarted,
     loggers,
+    missing_folders,
     progress_callbacks,
     quieten,
     scores,
 )
 from lightning_lora.cli_errors import ExplainingParser, ParsingError, explain
-from lightning_lora.cli_paths import CONFIG_FILE, find_checkpoint, next_run, run_of_checkpoint
+from lightning_lora.cli_paths import find_checkpoint, next_run, run_of_checkpoint
 from lightning_lora.errors import CheckpointError, ConfigError
-from lightning_lora.reporting import Summary, print_summary
+from lightning_lora.reporting import Scores, Summary, print_summary
 
 DEFAULT_SEED = 42
 DEFAULT_EPOCHS = 3
@@ -61,21 +64,27 @@ class LoRACLI(LightningCLI):
         quieten()
         self._predictions: Path | None = None
         self._evaluated: Path | None = None
-        super().__init__(
-            args=arguments,
-            parser_class=ExplainingParser,
-            parser_kwargs={"prog": "lightning-lora"},
-            save_config_callback=SaveConfigOnStart,
-            save_config_kwargs={"overwrite": True},
-            seed_everything_default=DEFAULT_SEED,
-            trainer_defaults={
-                "enable_model_summary": False,
-                "log_every_n_steps": 10,
-                "gradient_clip_val": 1.0,
-            },
-            # A top-level optimizer would be built before the adapter and never train it.
-            auto_configure_optimizers=False,
-        )
+        self._made: list[Path] | None = None
+        try:
+            super().__init__(
+                args=arguments,
+                parser_class=ExplainingParser,
+                parser_kwargs={"prog": "lightning-lora"},
+                save_config_callback=SaveConfigOnStart,
+                save_config_kwargs={"overwrite": True},
+                seed_everything_default=DEFAULT_SEED,
+                trainer_defaults={
+                    "enable_model_summary": False,
+                    "log_every_n_steps": 10,
+                    "gradient_clip_val": 1.0,
+                },
+                # A top-level optimizer would be built before the adapter and never train it.
+                auto_configure_optimizers=False,
+            )
+        except BaseException:
+            if self._made is not None:
+                clear_unstarted(self.run_dir, self._made)
+            raise
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the `lora` section and the folder for what is written."""
@@ -98,7 +107,7 @@ class LoRACLI(LightningCLI):
                 "--predictions",
                 type=str | None,
                 default=None,
-                help="CSV or JSON lines file to write: predictions.csv in the run by default.",
+                help="File to write: predictions.csv or predictions.json in the run by default.",
             )
         if subcommand in ("validate", "test"):
             parser.set_defaults({"verbose": False})
@@ -133,6 +142,7 @@ class LoRACLI(LightningCLI):
         if self.subcommand == "fit":
             # A checkpoint is resumed in its own run, so that its best and last stay one history.
             self.run_dir = run or next_run(output_dir)
+            self._made = missing_folders(self.run_dir)
         else:
             self.run_dir = run or output_dir
         trainer = settings["trainer"]
@@ -147,6 +157,9 @@ class LoRACLI(LightningCLI):
         settings = self._get(self.config_init, "trainer")
         given = settings.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
+        if self.datamodule is not None and hasattr(self.model, "adopt"):
+            # What is best may depend on the data, and the checkpoint callback asks for it.
+            self.model.adopt(self.datamodule)
         extra = self._default_callbacks(given, settings)
         if settings["logger"] in (None, True):
             kwargs["logger"] = loggers(self.run_dir) if self.subcommand == "fit" else False
@@ -159,42 +172,33 @@ class LoRACLI(LightningCLI):
             raise ConfigError(f"Settings of trainer: {error}") from error
 
     def after_fit(self) -> None:
-        """Say what the fit has written."""
-        trainer = self.trainer
-        files: dict[str, Path] = {}
-        metrics = scores(trainer)
-        checkpoint = trainer.checkpoint_callback
-        best = ""
-        if isinstance(checkpoint, ModelCheckpoint):
-            best = checkpoint.best_model_path
-            if checkpoint.monitor and checkpoint.best_model_score is not None:
-                metrics[f"best {checkpoint.monitor}"] = float(checkpoint.best_model_score)
-            if best:
-                files["best checkpoint (adapter)"] = Path(best)
-            if checkpoint.last_model_path:
-                files["last checkpoint (adapter)"] = Path(checkpoint.last_model_path)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, LoRACallback):
-                files |= callback.exported
-        if trainer.log_dir is not None:
-            files["logs"] = Path(trainer.log_dir) / "metrics.csv"
-            files["config"] = Path(trainer.log_dir) / CONFIG_FILE
-        best = best or str(files.get("last checkpoint (adapter)", ""))
-        commands = self._next_commands(_relative(Path(best))) if best else []
-        self._print("fit", metrics, files, commands)
+        """Draw what there is to see, and say what the fit has written."""
+        # Every rank takes part in finding the folder of logs; the rest is for one.
+        self._close_fit(self.trainer.log_dir)
 
     def after_validate(self) -> None:
         """Show the scores."""
-        self._print("validate", scores(self.trainer), {}, [])
+        self._print("validate", Scores({"value": scores(self.trainer)}), {}, [])
 
     def after_test(self) -> None:
         """Show the scores."""
-        self._print("test", scores(self.trainer), {}, [])
+        self._close_test()
 
     def after_predict(self) -> None:
         """Say where the predictions are."""
         files = {} if self._predictions is None else {"predictions": self._predictions}
-        self._print("predict", {}, files, [])
+        self._print("predict", Scores(), files, [])
+
+    @rank_zero_only
+    def _close_fit(self, log_dir: str | None) -> None:
+        closing = close_fit(self.trainer, self.model, self.run_dir, log_dir)
+        commands = [] if closing.checkpoint is None else self._next_commands(closing.checkpoint)
+        self._print("fit", closing.scores, closing.files, commands)
+
+    @rank_zero_only
+    def _close_test(self) -> None:
+        files = close_test(self.model, self.run_dir, self._evaluated)
+        self._print("test", Scores({"value": scores(self.trainer)}), files, [])
 
     @property
     def _settings(self) -> Any:
@@ -215,12 +219,15 @@ class LoRACLI(LightningCLI):
             extra += progress_callbacks()
         if self.subcommand == "predict" and hasattr(self.model, "prediction_writer"):
             wanted = self._settings["predictions"]
-            self._predictions = Path(wanted) if wanted else self.run_dir / "predictions.csv"
+            suffix = getattr(self.model, "predictions_suffix", ".csv")
+            self._predictions = Path(wanted or self.run_dir / f"predictions{suffix}")
             extra.append(self.model.prediction_writer(self._predictions))
         if self.subcommand == "fit" and self._settings["lora"]["merge_from"] == "auto":
             extra.append(MergeBest(self._get(self.config_init, "lora")))
         if self.subcommand != "fit" or settings["fast_dev_run"]:
             return extra
+        if hasattr(self.model, "confusion"):
+            extra.append(KeepConfusion())
         if settings["enable_checkpointing"] is not False and not _any(given, ModelCheckpoint):
             validates = settings["limit_val_batches"] != 0
             extra.append(checkpoint_callback(self.model, self.run_dir, validates))
@@ -229,12 +236,15 @@ class LoRACLI(LightningCLI):
         return extra
 
     def _next_commands(self, checkpoint: Path) -> list[tuple[str, str]]:
+        name = _relative(checkpoint)
         commands = []
         if getattr(self.datamodule, "provides", lambda _: True)("test"):
-            command = f"lightning-lora test --ckpt_path {checkpoint}"
-            commands.append(("Next, score the best checkpoint on the test data", command))
-        if isinstance(self.datamodule, recipes.ClassificationDataModule):
-            command = f"lightning-lora predict --ckpt_path {checkpoint} --data.predict_file FILE"
+            command = f"lightning-lora test --ckpt_path {name}"
+            commands.append((f"Next, score the {name.stem} checkpoint on the test data", command))
+        data = self._settings.get("data")
+        predicts = data is not None and "predict_file" in data.get("init_args", {})
+        if predicts and hasattr(self.model, "prediction_writer"):
+            command = f"lightning-lora predict --ckpt_path {name} --data.predict_file FILE"
             commands.append(("Predict data of your own", command))
         return commands
 
@@ -242,14 +252,14 @@ class LoRACLI(LightningCLI):
     def _print(
         self,
         title: str,
-        metrics: dict[str, float],
+        table: Scores,
         files: dict[str, Path],
         commands: list[tuple[str, str]],
     ) -> None:
         if self._evaluated is not None:
             title = f"{title} ({self._evaluated})"
         relative = {label: _relative(path) for label, path in files.items()}
-        print_summary(Summary(title, metrics, relative, commands))
+        print_summary(Summary(title, table, relative, commands))
 
 
 def _output_dir(settings: Any) -> Path:

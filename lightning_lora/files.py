@@ -1,4 +1,4 @@
-"""Nothing is ever half-written: folders grow beside their target and are renamed into place."""
+"""Nothing is ever half-written: files and folders grow beside their target and are renamed."""
 
 from __future__ import annotations
 
@@ -34,6 +34,30 @@ def replacing_directory(target: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
+
+
+@contextmanager
+def replacing_file(target: str | Path) -> Iterator[Path]:
+    """A path beside ``target`` to write to; the file takes its place when the block ends well, and
+    vanishes when not.
+
+    The folder is made where it is missing.
+
+    Raises:
+        IsADirectoryError: ``target`` is a folder.
+    """
+    target = Path(target)
+    if target.is_dir():
+        raise IsADirectoryError(
+            f"{target} is a folder; a file is to be written there. Choose another path."
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        yield fresh
+        fresh.replace(target)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def _replace(target: Path, fresh: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_lora.files import replacing_directory
+from lightning_lora.files import replacing_directory, replacing_file
 
 
 def listing(folder: Path) -> list[str]:
@@ -90,3 +90,26 @@ def test_private_files_become_as_readable_as_new_ones(tmp_path: Path) -> None:
         (fresh / "private").chmod(0o600)
     modes = [(tmp_path / name).stat().st_mode for name in ("ordinary", "target/private")]
     assert modes[0] == modes[1]
+
+
+def test_a_file_appears_when_it_is_complete_and_replaces_the_old_one(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "target.txt"
+    for text in ("0", "1"):
+        with replacing_file(target) as fresh:
+            fresh.write_text(text)
+            assert not target.exists() or target.read_text() == "0"
+            assert fresh.parent == target.parent, "a rename must not cross file systems"
+        assert target.read_text() == text
+    assert listing(tmp_path) == ["deep", "deep/target.txt"]
+
+
+def test_a_failure_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "target.txt"
+    target.write_text("0")
+    with pytest.raises(RuntimeError, match="stop"), replacing_file(target) as fresh:
+        fresh.write_text("half")
+        raise RuntimeError("stop")
+    assert target.read_text() == "0"
+    assert listing(tmp_path) == ["target.txt"]
+    with pytest.raises(IsADirectoryError, match="is a folder"), replacing_file(tmp_path):
+        pass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from lightning_lora.errors import ConfigError
+from lightning_lora.files import replacing_file as replacing_path
 
 
 def check_suffix(path: str | Path, suffixes: Sequence[str]) -> Path:
@@ -52,11 +52,5 @@ def gather_rows(trainer: Trainer, own: Mapping[int, Any]) -> dict[int, Any]:
 @contextmanager
 def replacing_file(path: Path) -> Iterator[TextIO]:
     """Open a text file that takes its place only when the block ends well; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with unfinished.open("w", encoding="utf-8", newline="") as stream:
-            yield stream
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing_path(path) as fresh, fresh.open("w", encoding="utf-8", newline="") as stream:
+        yield stream

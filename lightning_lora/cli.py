@@ -98,7 +98,7 @@ def _message_of(mistake: LightningLoRAError) -> str:
     text = str(mistake)
     if not text.startswith("Caught "):
         return text
-    return text.rpartition(f"{type(mistake).__module__}.{type(mistake).__name__}: ")[2]
+    return text.rpartition(f"{type(mistake).__module__}.{type(mistake).__name__}: ")[2].rstrip()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 import yaml
 
 from lightning_lora.cli import main
-from lightning_lora.cli_paths import bundled_configs, find_config
+from lightning_lora.history import metrics_files, read_history
 
 CONFIG = """\
 trainer:
@@ -67,7 +68,7 @@ def fitted(config: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 def test_help_names_subcommands_and_configs(tmp_path: Path) -> None:
     done = _run(tmp_path, "--help")
     assert done.returncode == 0
-    for word in ("fit", "validate", "test", "predict", "quickstart", "--ckpt_path"):
+    for word in ("fit", "validate", "test", "predict", "configs", "quickstart", "--ckpt_path"):
         assert word in done.stdout
 
 
@@ -102,10 +103,15 @@ def test_fit_writes_what_it_lists(fitted: tuple[Path, str]) -> None:
         "adapter",
         "metrics.csv",
         "config.yaml",
+        "curves.png",
+        "confusion_matrix.png",
     ):
         assert (run / name).exists(), name
         assert f"outputs/tiny/version_0/{name}" in output
-    assert "val/accuracy" in output
+    table = [line.strip("│ ").split() for line in output.splitlines() if "val/" in line]
+    assert ["best", "by", "val/accuracy", "last"] in table
+    assert [row[0] for row in table[-3:]] == ["val/accuracy", "val/f1", "val/loss"]
+    assert all(len(row) == 3 for row in table[-3:])
     assert "lightning-lora test --ckpt_path outputs/tiny/version_0/checkpoints/best.ckpt" in output
     with (run / "metrics.csv").open() as stream:
         columns = csv.DictReader(stream).fieldnames or []
@@ -185,7 +191,9 @@ def test_a_second_fit_leaves_the_first_alone_and_resuming_goes_on_in_its_run(
     assert torch.load(last, weights_only=True)["global_step"] == 3
     main([*fit, "--ckpt_path", str(last), "--trainer.max_epochs", "2"])
     assert torch.load(last, weights_only=True)["global_step"] == 6
+    history = read_history(metrics_files(first))
     assert (first / "metrics_1.csv").exists(), "the metrics of the first part"
+    assert [point.step for point in history["val/accuracy"]] == [3, 6]
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["version_0", "version_1"]
     assert "runs/version_0/checkpoints/last.ckpt" in capsys.readouterr().out
 
@@ -204,7 +212,8 @@ def test_a_refused_resume_leaves_the_run_as_it_was(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = here / "outputs" / "tiny" / "version_0"
-    kept = {name: (run / name).read_bytes() for name in ("config.yaml", "checkpoints/last.ckpt")}
+    names = ("config.yaml", "checkpoints/last.ckpt", "metrics.csv", "curves.png")
+    kept = {name: (run / name).read_bytes() for name in names}
     with pytest.raises(SystemExit):
         main(
             [
@@ -218,6 +227,7 @@ def test_a_refused_resume_leaves_the_run_as_it_was(
             ]
         )
     assert "r: 4 in the checkpoint, 8 now" in capsys.readouterr().err
+    assert not (run / "metrics_1.csv").exists()
     assert kept == {name: (run / name).read_bytes() for name in kept}
 
 
@@ -277,10 +287,24 @@ def _edit(old: str, new: str) -> Callable[[str], str]:
         (str, ["--ckpt_path", "best"], "There is no best checkpoint below outputs/bad"),
         (str, ["--ckpt_path", "bad.yaml"], "bad.yaml"),
         (str, ["--ckpt_path"], "--ckpt_path needs a value"),
+        (str, ["--data.train_file", "empty.csv"], "empty.csv holds column names and no rows"),
+        (str, ["--data.validation_file", "blank.csv"], "blank.csv is empty"),
+        (str, ["--data.train_file", "empty.csv", "--data.validation_file", "null"], "no rows"),
+        (str, ["--model.metrics", "[accurcy]"], "did you mean 'accuracy'?"),
+        (str, ["--model.model_name_or_path", "no-such/model"], "no-such/model cannot be loaded"),
+        (str, ["--model.model_name_or_path", "t5"], "t5 is an encoder-decoder model"),
+        (str, ["--data.problem_type", "regression"], "where a regression needs a number"),
+        (_edit("train_file", "dataset: a/b #"), ["--data.validation_file", "null"], "not both"),
+        (
+            _edit("train_file", "dataset: no-such/data #"),
+            ["--data.validation_file", "null", "--data.test_file", "null"],
+            "The dataset no-such/data (default configuration) cannot be loaded",
+        ),
     ],
 )
 def test_mistakes_are_explained_without_a_traceback(
     config: str,
+    tiny_model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -288,16 +312,27 @@ def test_mistakes_are_explained_without_a_traceback(
     arguments: list[str],
     message: str,
 ) -> None:
+    from transformers import T5Config
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     (tmp_path / "bad.yaml").write_text(edit(config))
+    (tmp_path / "empty.csv").write_text("text,label\n")
+    (tmp_path / "blank.csv").touch()
+    shutil.copytree(tiny_model, tmp_path / "t5")
+    T5Config().save_pretrained(tmp_path / "t5")
     with pytest.raises(SystemExit) as stopped:
         main(["fit", "--config", "bad.yaml", *arguments])
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
-    assert not list(tmp_path.rglob("*.ckpt"))
+    assert error.startswith("error: ")
+    assert error.count("error: ") == 1
+    made = {path.name for path in tmp_path.iterdir()} - {"bad.yaml", "empty.csv", "blank.csv", "t5"}
+    assert not made, "no empty run is left"
 
 
 @pytest.mark.parametrize(
@@ -334,30 +369,3 @@ def test_defects_keep_their_traceback(here: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(TextClassifier, "test_step", broken)
     with pytest.raises(RuntimeError, match="a defect"):
         main(["test", "--config", "tiny.yaml", "--ckpt_path", "best"])
-
-
-@pytest.mark.parametrize("name", bundled_configs())
-def test_every_bundled_config_runs(
-    name: str,
-    tiny_model: Path,
-    tiny_data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    overrides = ["--trainer.accelerator", "cpu", "--trainer.max_steps", "1"]
-    overrides += ["--trainer.limit_val_batches", "1", "--trainer.val_check_interval", "1"]
-    content = yaml.safe_load(Path(find_config(name)).read_text())
-    if not str(content["model"]["init_args"]["model_name_or_path"]).startswith("bundled:"):
-        overrides += ["--model.model_name_or_path", str(tiny_model)]
-        overrides += ["--data.text_column", "text", "--data.label_column", "label"]
-        overrides += ["--data.dataset", "null", "--data.dataset_config", "null"]
-        for split in ("train", "validation", "test"):
-            overrides += [f"--data.{split}_file", str(tiny_data / f"{split}.csv")]
-    main(["fit", "--config", name, *overrides])
-    assert "val/accuracy" in capsys.readouterr().out
-    run = Path("outputs", name.rsplit("/", 1)[-1], "version_0")
-    assert (run / "checkpoints" / "best.ckpt").exists()
-    assert (run / "merged" / "model.safetensors").exists()

@@ -120,7 +120,6 @@ def cached_rows(
 
 
 def _write(path: Path, build: Callable[[], Iterator[dict[str, Any]]]) -> None:
-    import pyarrow
     from datasets.arrow_writer import ArrowWriter, SchemaInferenceError
 
     with ArrowWriter(path=str(path)) as writer:
@@ -130,8 +129,3 @@ def _write(path: Path, build: Callable[[], Iterator[dict[str, Any]]]) -> None:
             writer.finalize()
         except SchemaInferenceError as error:
             raise DataError("The data hold no row that can be used.") from error
-        except pyarrow.ArrowInvalid as error:
-            raise DataError(
-                f"A column holds values of different kinds ({error}). Make each column hold one "
-                "kind of value: text, numbers, or lists of them."
-            ) from error

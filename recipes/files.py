@@ -245,8 +245,16 @@ def _map_rows(
     """Write the rows to disk as they are read, and map them into memory."""
 
     def build() -> Iterator[dict[str, Any]]:
+        names: list[str] | None = None
         for number, row in rows():
-            yield {_LINE: number, **row}
+            names = names or list(row)
+            later = [name for name in row if name not in names]
+            if later:
+                raise DataError(
+                    f"{source}, {unit} {number}: the key {later[0]!r} is not in the first row. In a "
+                    "file of this size the first row must have all keys."
+                )
+            yield {_LINE: number, **{name: row.get(name) for name in names}}
 
     mapped = cached_rows(["table", state], build, cache_dir)
     columns = {name: mapped[name] for name in mapped.column_names if name != _LINE}

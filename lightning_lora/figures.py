@@ -117,9 +117,10 @@ def _panels(history: History, monitor: str | None) -> list[_Panel]:
 
 
 def _scale(what: str, points: Sequence[Point]) -> str:
-    """Name the vertical axis of a metric: values of other sizes would press it flat."""
-    if "perplexity" in what:
-        return "perplexity"
+    """Name the vertical axis of a metric: values of another kind or size would press it flat."""
+    for own in ("perplexity", "threshold"):
+        if own in what:
+            return own
     largest = max((abs(p.value) for p in points if math.isfinite(p.value)), default=0.0)
     return "score" if largest <= 1 else "score (percent)" if largest <= 100 else what
 

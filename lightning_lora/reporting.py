@@ -153,7 +153,7 @@ def readable_numbers(values: Sequence[float | None]) -> list[str]:
     if 0 < largest < 0.01:
         style = ".3g"
     else:
-        decimals = next((d for limit, d in ((10, 4), (100, 2), (1000, 1)) if largest < limit), 0)
+        decimals = next((d for limit, d in ((10, 4), (1000, 2)) if largest < limit), 0)
         style = f",.{decimals}f"
     return ["-" if value is None else format(value, style) for value in values]
 

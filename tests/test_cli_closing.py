@@ -19,7 +19,7 @@ from lightning_lora.cli_closing import KeepConfusion, confusion_of
 from lightning_lora.confusion import MOST_CLASSES
 from lightning_lora.errors import DataError
 from lightning_lora.history import Point, best_point, metrics_files, read_history
-from tests.test_cli import CONFIG
+from tests.test_cli import CONFIG, _run
 
 
 @pytest.fixture
@@ -148,6 +148,20 @@ def test_predictions_go_to_a_file_of_the_models_kind(
     path = "outputs/tiny/version_0/predictions.jsonl"
     assert path in capsys.readouterr().out
     assert len((here / path).read_text().splitlines()) == 7
+
+
+@pytest.mark.slow
+def test_two_ranks_draw_and_close_once(here: Path) -> None:
+    ranks = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_epochs", "1"]
+    done = _run(here, *FIT, *ranks)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("fit ─") == 1
+    assert done.stdout.count("confusion_matrix.png") == 1
+    run = here / "outputs" / "tiny" / "version_0"
+    assert sorted(path.name for path in run.glob("*.png")) == ["confusion_matrix.png", "curves.png"]
+    kept = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["callbacks"]
+    counts = kept["KeepConfusion"]["best"]["counts"]
+    assert counts.sum(dim=1).tolist() == [8, 8, 8], "every row of the data once, over both ranks"
 
 
 class _Counting:

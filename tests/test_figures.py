@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -196,3 +198,12 @@ def test_figures_of_the_callers_are_left_alone(tmp_path: Path) -> None:
     before = (get_backend(), pyplot.get_fignums())
     draw_curves(_run(), tmp_path / "curves.png", "t")
     assert (get_backend(), pyplot.get_fignums()) == before
+
+
+def test_matplotlib_is_imported_by_drawing_alone() -> None:
+    modules = "lightning_lora.figures, lightning_lora.confusion, lightning_lora.reporting"
+    program = f"import sys, {modules}; print('matplotlib' in sys.modules, 'torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "False False\n"

@@ -1,4 +1,4 @@
-"""Tiny data in the layouts that the bundled configs read, and tiny models of the kinds they adapt.
+"""Tiny models of the kinds that the bundled configs adapt, and tiny data in the layouts they read.
 
 Each kind of data module has a function that writes files which fit a config's settings and returns
 the arguments that put them in the place of the config's own.
@@ -19,37 +19,41 @@ from tests.recipes.question_answering.material import FILLERS, make_squad, qa_wo
 ROWS = {"train": 48, "validation": 12, "test": 12}
 
 
-def tiny_model(settings: dict[str, Any], folder: Path) -> Path:
-    """Write a model of the kind that a config's `model` section adapts.
+def tiny_encoder(folder: Path) -> Path:
+    """Write a BERT of one layer, with its tokenizer; it takes as many tokens as the configs ask."""
+    from transformers import BertConfig, BertModel
 
-    Args:
-        settings: The section. The kind follows from the class, and among decoders from the name of
-            the model, whose layers the config's `lora` section may call by name.
-        folder: Where models are written, each once.
-    """
-    kind = "bert"
-    path = folder / kind
+    path = folder / "bert"
     if not path.exists():
         tokenizer = word_tokenizer(qa_words())
         torch.manual_seed(0)
-        _encoder(len(tokenizer)).save_pretrained(path)
-        tokenizer.save_pretrained(path)
-    return path
-
-
-def _encoder(words: int) -> Any:
-    from transformers import BertConfig, BertModel
-
-    return BertModel(
-        BertConfig(
-            vocab_size=words,
+        config = BertConfig(
+            vocab_size=len(tokenizer),
             hidden_size=32,
             num_hidden_layers=1,
             num_attention_heads=2,
             intermediate_size=48,
             max_position_embeddings=512,
         )
-    )
+        BertModel(config).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    return path
+
+
+def tiny_model(settings: dict[str, Any], folder: Path) -> Path:
+    """Write a model of the kind that a config's `model` section adapts.
+
+    Args:
+        settings: The section.
+        folder: Where models are written, each once.
+
+    Returns:
+        The model's folder.
+    """
+    name = str(settings["class_path"]).rsplit(".", 1)[-1]
+    write = _MODELS.get(name)
+    assert write is not None, f"tests/layouts.py knows no tiny model for {name}; teach it one."
+    return write(folder)
 
 
 def tiny_data(settings: dict[str, Any], folder: Path) -> list[str]:
@@ -137,6 +141,10 @@ def _no_dataset() -> list[str]:
     return [part for name in empty for part in (f"--data.{name}", "null")]
 
 
+_MODELS: dict[str, Callable[[Path], Path]] = {
+    "TextClassifier": tiny_encoder,
+    "QuestionAnswerer": tiny_encoder,
+}
 _WRITERS: dict[str, Callable[[dict[str, Any], Path], list[str]]] = {
     "ClassificationDataModule": _classes,
     "GlueDataModule": _glue,

@@ -240,6 +240,8 @@ class LoRACallback(Callback):
             )
         # By the strategy's own way of reading: the file may lie on remote storage.
         checkpoint = trainer.strategy.checkpoint_io.load_checkpoint(path, weights_only=True)
+        # What the module keeps beside its weights, such as a threshold, belongs to them.
+        pl_module.on_load_checkpoint(checkpoint)
         load_adapter_state_dict(pl_module, checkpoint["state_dict"], path)
 
     def _attach(self, strategy: Strategy) -> None:

@@ -98,27 +98,32 @@ def best_spans(
     scores = F.pad(found.values, (0, missing), value=-torch.inf)
     places = F.pad(found.indices, (0, missing))
     first = places // lengths
-    return scores, first, first + places % lengths
+    # Places without a span may lie behind the last token.
+    return scores, first, (first + places % lengths).clamp(max=tokens - 1)
 
 
 def span_losses(
-    start_logits: torch.Tensor, end_logits: torch.Tensor, start: torch.Tensor, end: torch.Tensor
+    start_logits: torch.Tensor, end_logits: torch.Tensor, batch: dict[str, torch.Tensor]
 ) -> torch.Tensor:
     """Return each window's loss, the mean of the cross-entropies of its start and its end.
+
+    It is the loss of the models in `transformers`, but that padding does not compete: what a window
+    loses does not depend on the batch that it is in.
 
     Args:
         start_logits: `[windows, tokens]`.
         end_logits: `[windows, tokens]`.
-        start: Right positions, or `NO_LABEL`, `[windows]`.
-        end: Likewise.
+        batch: Has the right positions as `start` and `end`, or `NO_LABEL`, `[windows]`, and where
+            there is padding `attention_mask`, `[windows, tokens]`.
 
     Returns:
         `[windows]` in fp32; 0 for windows without a label.
     """
-    losses = [
-        F.cross_entropy(logits.float(), place, ignore_index=NO_LABEL, reduction="none")
-        for logits, place in ((start_logits, start), (end_logits, end))
-    ]
+    mask = batch.get("attention_mask")
+    losses = []
+    for logits, place in ((start_logits, batch["start"]), (end_logits, batch["end"])):
+        scores = logits.float() if mask is None else logits.float().masked_fill(mask == 0, -1e9)
+        losses.append(F.cross_entropy(scores, place, ignore_index=NO_LABEL, reduction="none"))
     return (losses[0] + losses[1]) / 2
 
 
@@ -155,7 +160,7 @@ def window_records(
         "null": null[:, 0],
     }
     if "start" in batch:
-        losses = span_losses(start_logits, end_logits, batch["start"], batch["end"])
+        losses = span_losses(start_logits, end_logits, batch)
         kept["loss"] = losses.masked_fill(batch["start"] == NO_LABEL, torch.nan)
     return {name: values.detach().cpu().numpy() for name, values in kept.items()}
 

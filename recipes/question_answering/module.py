@@ -111,7 +111,7 @@ class QuestionAnswerer(RecipeModule):
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """Return the mean of the cross-entropies of start and end over the labelled windows."""
         labelled = (batch["start"] != NO_LABEL).sum()
-        losses = span_losses(*self(batch), batch["start"], batch["end"])
+        losses = span_losses(*self(batch), batch)
         loss = losses.sum() / labelled.clamp(min=1)
         self.log_training(loss, len(losses))
         return loss

@@ -149,13 +149,14 @@ def checked_layout(tokenizer: Any, layout: Layout) -> Layout:
     special = tokenizer.num_special_tokens_to_add(pair=True)
     room = length - layout.max_question_length - special
     if room <= layout.doc_stride:
-        limit = f" (all that the model takes of {layout.max_length})"
+        clamped = length < layout.max_length
+        limit = f" (all that the model takes of {layout.max_length})" if clamped else ""
+        raised = "a model that takes more" if clamped else "a higher data.max_length"
         raise ConfigError(
-            f"Windows of {length} tokens{limit if length < layout.max_length else ''} leave "
-            f"{max(0, room)} for the context beside {special} special tokens and a question of up "
-            f"to {layout.max_question_length}, and doc_stride makes {layout.doc_stride} of them "
-            "repeat the window before. Raise data.max_length, or lower data.doc_stride or "
-            "data.max_question_length."
+            f"Windows of {length} tokens{limit} leave {max(0, room)} for the context beside "
+            f"{special} special tokens and a question of up to {layout.max_question_length}, and "
+            f"doc_stride makes {layout.doc_stride} of them repeat the window before. Lower "
+            f"data.doc_stride or data.max_question_length, or choose {raised}."
         )
     return Layout(length, layout.doc_stride, layout.max_question_length)
 

@@ -53,6 +53,7 @@ def test_spans_are_the_best_of_all_allowed(n_best: int, max_answer_length: int) 
         allowed[window, low:high] = True
     scores, first, last = best_spans(start, end, allowed, n_best, max_answer_length)
     assert scores.shape == first.shape == last.shape == (6, n_best)
+    assert first.min() >= 0 and last.max() < 13, "also where a window has fewer spans"
     for window in range(6):
         expected = sorted(
             (
@@ -97,18 +98,29 @@ def test_losses_are_those_of_the_model() -> None:
     tokens = torch.randint(0, 30, (4, 9))
     start, end = torch.tensor([0, 3, 2, 5]), torch.tensor([0, 4, 2, 8])
     outputs = model(input_ids=tokens, start_positions=start, end_positions=end)
-    losses = span_losses(outputs.start_logits, outputs.end_logits, start, end)
+    losses = span_losses(outputs.start_logits, outputs.end_logits, {"start": start, "end": end})
     assert losses.shape == (4,)
     assert losses.mean().item() == pytest.approx(outputs.loss.item(), rel=1e-6)
     start[1] = end[1] = NO_LABEL
     # The model leaves out what lies behind the last token.
     beyond = torch.where(start == NO_LABEL, 99, start), torch.where(end == NO_LABEL, 99, end)
     outputs = model(input_ids=tokens, start_positions=beyond[0], end_positions=beyond[1])
-    losses = span_losses(outputs.start_logits, outputs.end_logits, start, end)
+    losses = span_losses(outputs.start_logits, outputs.end_logits, {"start": start, "end": end})
     assert losses[1].item() == 0
     assert losses.sum().item() / 3 == pytest.approx(outputs.loss.item(), rel=1e-6)
-    half = span_losses(outputs.start_logits.bfloat16(), outputs.end_logits.bfloat16(), start, end)
+    half = span_losses(*torch.randn(2, 4, 9).bfloat16(), {"start": start, "end": end})
     assert half.dtype is torch.float32
+
+
+def test_losses_do_not_depend_on_padding() -> None:
+    torch.manual_seed(0)
+    start, end = torch.randn(2, 2, 5)
+    labels = {"start": torch.tensor([1, 0]), "end": torch.tensor([3, 0])}
+    alone = span_losses(start, end, labels)
+    padded = {name: values + 2 for name, values in labels.items()}
+    padded["attention_mask"] = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 0]]).repeat(2, 1)
+    wide = [torch.nn.functional.pad(logits, (2, 1), value=5.0) for logits in (start, end)]
+    torch.testing.assert_close(span_losses(*wide, padded), alone)
 
 
 def _batch(side: str = "right") -> tuple[dict[str, torch.Tensor], list[str]]:

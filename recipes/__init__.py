@@ -5,5 +5,15 @@ from lightning_lora.recipes.classification import (
     GlueDataModule,
     TextClassifier,
 )
+from lightning_lora.recipes.question_answering import (
+    QuestionAnswerer,
+    QuestionAnsweringDataModule,
+)
 
-__all__ = ["ClassificationDataModule", "GlueDataModule", "TextClassifier"]
+__all__ = [
+    "ClassificationDataModule",
+    "GlueDataModule",
+    "QuestionAnswerer",
+    "QuestionAnsweringDataModule",
+    "TextClassifier",
+]

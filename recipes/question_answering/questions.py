@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from lightning_lora.errors import DataError
 from lightning_lora.recipes.files import Table, is_empty
+from lightning_lora.recipes.question_answering.columns import read_ahead
 from lightning_lora.recipes.question_answering.placing import Misplaced, place
 
 COLUMNS = ("id", "question", "context")
@@ -82,8 +83,9 @@ def check_questions(table: Table, answers: bool = True, move: bool = True) -> Qu
     """
     check_columns(table, (*COLUMNS, "answers") if answers else COLUMNS)
     ids = _checked_ids(table)
-    for name in ("question", "context"):
-        for row, value in enumerate(table.columns[name]):
+    texts, contexts = (read_ahead(table.columns[name]) for name in ("question", "context"))
+    for name, column in (("question", texts), ("context", contexts)):
+        for row, value in enumerate(column):
             if not isinstance(value, str) or is_empty(value):
                 raise DataError(
                     f"{table.where(row)} (id {ids[row]}): the {name} is "
@@ -93,7 +95,6 @@ def check_questions(table: Table, answers: bool = True, move: bool = True) -> Qu
     spans: list[tuple[int, int] | None] = [None] * len(ids)
     misplaced: list[Misplaced] = []
     if answers:
-        contexts = table.columns["context"]
         for row, (stated, context) in enumerate(zip(_answers(table, ids), contexts, strict=True)):
             references[row] = tuple(answer.text for answer in stated)
             for answer in stated:
@@ -104,8 +105,7 @@ def check_questions(table: Table, answers: bool = True, move: bool = True) -> Qu
                     span = wrong.moved_to if move else None
                 if spans[row] is None:
                     spans[row] = span
-    texts = table.columns["question"]
-    return Questions(table, ids, texts, table.columns["context"], references, spans, misplaced)
+    return Questions(table, ids, texts, contexts, references, spans, misplaced)
 
 
 def check_columns(table: Table, needed: Sequence[str] = COLUMNS) -> None:
@@ -192,7 +192,7 @@ def _unreadable(where: str, value: Any) -> DataError:
 
 def _checked_ids(table: Table) -> list[str]:
     seen: dict[str, int] = {}
-    for row, value in enumerate(table.columns["id"]):
+    for row, value in enumerate(read_ahead(table.columns["id"])):
         if is_empty(value):
             raise DataError(f"{table.where(row)}: the id is empty.")
         name = str(value)
@@ -207,7 +207,8 @@ def _checked_ids(table: Table) -> list[str]:
 
 def _answers(table: Table, ids: Sequence[str]) -> Iterator[list[Answer]]:
     flags = table.columns.get("is_impossible") or [None] * len(ids)
-    for row, (value, flag) in enumerate(zip(table.columns["answers"], flags, strict=True)):
+    stated = read_ahead(table.columns["answers"])
+    for row, (value, flag) in enumerate(zip(stated, flags, strict=True)):
         where = f"{table.where(row)} (id {ids[row]})"
         answers = parse_answers(value, where)
         if isinstance(flag, bool) and flag == bool(answers):

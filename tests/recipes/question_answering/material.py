@@ -9,6 +9,14 @@ import random
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Trainer
+
+from lightning_lora import LoRACallback
+from lightning_lora.recipes.question_answering import QuestionAnsweringDataModule
+
+LORA: dict[str, Any] = {"bias": "all", "train_layer_norms": True, "verbose": False}
+# What keeps a checkpoint of another epoch than the last, which is the best of a task this easy.
+WORST: dict[str, Any] = {"filename": "worst", "monitor": "val/loss", "mode": "max"}
 KINDS = {
     "who": ["ada", "bell", "curie", "dirac"],
     "where": ["rome", "oslo", "lima", "kyoto"],
@@ -90,3 +98,28 @@ def squad_file(path: Path, *paragraphs: tuple[str, list[dict[str, Any]]], **top:
 def question(name: str, *answers: tuple[str, int], **more: Any) -> dict[str, Any]:
     stated = [{"text": text, "answer_start": start} for text, start in answers]
     return {"id": name, "question": "who?", "answers": stated, **more}
+
+
+def make_data(
+    folder: Path, version: str, *splits: str, **settings: Any
+) -> QuestionAnsweringDataModule:
+    files = {f"{split}_file": str(folder / f"{version}-{split}.json") for split in splits}
+    defaults: dict[str, Any] = {
+        "max_length": 20,
+        "doc_stride": 6,
+        "max_question_length": 4,
+        "batch_size": 16,
+    }
+    return QuestionAnsweringDataModule(**{**files, **defaults, **settings})
+
+
+def make_trainer(*callbacks: Any, **settings: Any) -> Trainer:
+    """A silent Trainer on the CPU with LoRA."""
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return Trainer(callbacks=[LoRACallback(**LORA), *callbacks], **{**defaults, **settings})

@@ -1,4 +1,4 @@
-"""The module: learns, keeps its threshold in checkpoints, and writes answers into files."""
+"""The module: it learns, and keeps its threshold wherever its weights are kept."""
 
 from __future__ import annotations
 
@@ -13,65 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lora import LoRACallback, load_lightning_module
 from lightning_lora.errors import ConfigError
-from lightning_lora.recipes.question_answering import QuestionAnswerer, QuestionAnsweringDataModule
-from lightning_lora.recipes.question_answering.metrics import evaluate, evaluate_with_no_answers
-
-LORA = {"bias": "all", "train_layer_norms": True, "verbose": False}
-
-
-def _data(folder: Path, version: str, *splits: str, **settings: Any) -> QuestionAnsweringDataModule:
-    files = {f"{split}_file": str(folder / f"{version}-{split}.json") for split in splits}
-    defaults: dict[str, Any] = {
-        "max_length": 20,
-        "doc_stride": 6,
-        "max_question_length": 4,
-        "batch_size": 16,
-    }
-    return QuestionAnsweringDataModule(**{**files, **defaults, **settings})
-
-
-def _trainer(*callbacks: Any, **settings: Any) -> Trainer:
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    lora = LoRACallback(**LORA)  # type: ignore[arg-type]
-    return Trainer(callbacks=[lora, *callbacks], **{**defaults, **settings})
-
-
-# What keeps a checkpoint of another epoch than the last, which is the best of a task this easy.
-WORST = {"filename": "worst", "monitor": "val/loss", "mode": "max"}
-
-
-def _fit(version: str, qa_model: Path, qa_data: Path, folder: Path, epochs: int) -> Any:
-    seed_everything(1)
-    model = QuestionAnswerer(str(qa_model), learning_rate=5e-3)
-    thresholds: list[float] = []
-
-    class Follow(ModelCheckpoint):
-        def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-            super().on_validation_end(trainer, pl_module)
-            if not trainer.sanity_checking:
-                thresholds.append(pl_module.threshold)
-
-    savers = Follow(folder, **WORST), ModelCheckpoint(folder, filename="last")  # type: ignore[arg-type]
-    trainer = _trainer(*savers, max_epochs=epochs, enable_checkpointing=True)
-    trainer.fit(model, _data(qa_data, version, "train", "validation"))
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    return model, metrics, folder, thresholds
-
-
-@pytest.fixture(scope="module")
-def fitted_v1(qa_model: Path, qa_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return _fit("v1", qa_model, qa_data, tmp_path_factory.mktemp("v1"), 6)
-
-
-@pytest.fixture(scope="module")
-def fitted_v2(qa_model: Path, qa_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return _fit("v2", qa_model, qa_data, tmp_path_factory.mktemp("v2"), 12)
+from lightning_lora.recipes.question_answering import QuestionAnswerer
+from tests.recipes.question_answering.material import LORA, WORST, make_data, make_trainer
 
 
 def test_it_learns_to_point_at_answers(fitted_v1: Any) -> None:
@@ -119,8 +62,8 @@ def test_testing_uses_the_threshold_of_the_checkpoint(
     _, _, folder, thresholds = fitted_v2
     epoch = torch.load(folder / f"{name}.ckpt", weights_only=True)["epoch"]
     model = QuestionAnswerer(str(qa_model))
-    data = _data(qa_data, "v2", "test", batch_size=7)
-    (scores,) = _trainer().test(model, data, ckpt_path=folder / f"{name}.ckpt", verbose=False)
+    data = make_data(qa_data, "v2", "test", batch_size=7)
+    (scores,) = make_trainer().test(model, data, ckpt_path=folder / f"{name}.ckpt", verbose=False)
     assert model.threshold == thresholds[epoch] != 0
     assert scores["test/threshold"] == pytest.approx(model.threshold, rel=1e-6)
     # For information, what a threshold found on the test data would give.
@@ -136,8 +79,8 @@ def test_validation_in_a_new_process_finds_the_same(
 ) -> None:
     _, metrics, folder, thresholds = fitted_v2
     model = QuestionAnswerer(str(qa_model))
-    data = _data(qa_data, "v2", "validation", batch_size=5, group_by_length=False)
-    (scores,) = _trainer().validate(model, data, ckpt_path=folder / "last.ckpt", verbose=False)
+    data = make_data(qa_data, "v2", "validation", batch_size=5, group_by_length=False)
+    (scores,) = make_trainer().validate(model, data, ckpt_path=folder / "last.ckpt", verbose=False)
     for name, value in scores.items():
         assert value == pytest.approx(metrics[name], abs=1e-3), name
     assert model.threshold == pytest.approx(thresholds[-1], abs=1e-4)
@@ -145,7 +88,7 @@ def test_validation_in_a_new_process_finds_the_same(
 
 def test_a_sanity_check_settles_no_threshold(qa_model: Path, qa_data: Path) -> None:
     model = QuestionAnswerer(str(qa_model))
-    trainer = _trainer(max_epochs=1, check_val_every_n_epoch=2, limit_train_batches=2)
+    trainer = make_trainer(max_epochs=1, check_val_every_n_epoch=2, limit_train_batches=2)
     validated: list[float] = []
 
     def follow() -> None:
@@ -153,7 +96,7 @@ def test_a_sanity_check_settles_no_threshold(qa_model: Path, qa_data: Path) -> N
         validated.append(float(model.trainer.callback_metrics["val/threshold"]))
 
     model.on_validation_epoch_end = follow  # type: ignore[method-assign]
-    trainer.fit(model, _data(qa_data, "v2", "train", "validation"))
+    trainer.fit(model, make_data(qa_data, "v2", "train", "validation"))
     assert len(validated) == 1 and validated[0] != 0.0
     assert model.threshold == 0.0
 
@@ -180,8 +123,8 @@ def test_merged_weights_of_a_checkpoint_come_with_its_threshold(
 ) -> None:
     seed_everything(1)
     model = QuestionAnswerer(str(qa_model), learning_rate=5e-3)
-    saver = ModelCheckpoint(tmp_path, **WORST)  # type: ignore[arg-type]
-    lora = LoRACallback(**LORA, merge_from="best", export_dir=str(tmp_path))  # type: ignore[arg-type]
+    saver = ModelCheckpoint(tmp_path, **WORST)
+    lora = LoRACallback(**LORA, merge_from="best", export_dir=str(tmp_path))
     trainer = Trainer(
         callbacks=[lora, saver],
         accelerator="cpu",
@@ -190,7 +133,7 @@ def test_merged_weights_of_a_checkpoint_come_with_its_threshold(
         enable_model_summary=False,
         max_epochs=3,
     )
-    trainer.fit(model, _data(qa_data, "v2", "train", "validation"))
+    trainer.fit(model, make_data(qa_data, "v2", "train", "validation"))
     saved = torch.load(tmp_path / "worst.ckpt", weights_only=True)
     assert saved["epoch"] < 2
     threshold = saved["question_answering"]["threshold"]
@@ -198,102 +141,6 @@ def test_merged_weights_of_a_checkpoint_come_with_its_threshold(
     assert model.threshold == threshold
     config = json.loads((tmp_path / "merged/config.json").read_text())
     assert config["no_answer_threshold"] == threshold
-
-
-def _references(file: Path) -> dict[str, list[str]]:
-    content = json.loads(file.read_text())
-    return {
-        question["id"]: [answer["text"] for answer in question.get("answers", [])]
-        for article in content["data"]
-        for paragraph in article["paragraphs"]
-        for question in paragraph["qas"]
-    }
-
-
-def test_answers_are_written_as_the_official_json(
-    fitted_v1: Any, qa_model: Path, qa_data: Path, tmp_path: Path
-) -> None:
-    _, metrics, folder, _ = fitted_v1
-    model = QuestionAnswerer(str(qa_model))
-    path = tmp_path / "new" / "predictions.json"
-    data = _data(qa_data, "v1", predict_file=str(qa_data / "v1-validation.json"), batch_size=7)
-    trainer = _trainer(model.prediction_writer(path))
-    trainer.predict(model, data, ckpt_path=folder / "last.ckpt", return_predictions=False)
-    answers = json.loads(path.read_text())
-    references = _references(qa_data / "v1-validation.json")
-    assert list(answers) == list(references), "in the order of the data"
-    scores = evaluate(list(answers.values()), list(references.values()))
-    assert scores["f1"] == pytest.approx(metrics["val/f1"], abs=1e-3)
-    assert scores["exact_match"] == pytest.approx(metrics["val/exact_match"], abs=1e-3)
-    assert [file.name for file in path.parent.iterdir()] == ["predictions.json"]
-
-
-def test_no_answers_and_their_probabilities_are_written(
-    fitted_v2: Any, qa_model: Path, qa_data: Path, tmp_path: Path
-) -> None:
-    _, metrics, folder, _ = fitted_v2
-    data = _data(qa_data, "v2", predict_file=str(qa_data / "v2-validation.json"))
-    for name in ("a.json", "a.jsonl"):
-        model = QuestionAnswerer(str(qa_model))
-        trainer = _trainer(model.prediction_writer(tmp_path / name))
-        trainer.predict(model, data, ckpt_path=folder / "last.ckpt", return_predictions=False)
-    assert sorted(file.name for file in tmp_path.iterdir()) == [
-        "a.json",
-        "a.jsonl",
-        "a_na_prob.json",
-    ]
-    answers = json.loads((tmp_path / "a.json").read_text())
-    silent = json.loads((tmp_path / "a_na_prob.json").read_text())
-    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
-    references = _references(qa_data / "v2-validation.json")
-    scores = evaluate(list(answers.values()), list(references.values()))
-    assert scores["f1"] == pytest.approx(metrics["val/f1"], abs=1e-3)
-    assert list(answers) == list(silent) == [line["id"] for line in lines] == list(references)
-    assert {line["id"]: line["answer"] for line in lines} == answers
-    contexts = data.questions("predict").contexts
-    for context, line in zip(contexts, lines, strict=True):
-        assert 1 <= len(line["n_best"]) <= 20
-        rivals = [candidate["score"] for candidate in line["n_best"]]
-        assert rivals == sorted(rivals, reverse=True)
-        assert sum(candidate["probability"] for candidate in line["n_best"]) < 1
-        for candidate in line["n_best"]:
-            assert context[candidate["start"] : candidate["end"]] == candidate["text"]
-        probability = 1 / (1 + 2.718281828 ** -line["no_answer_score"])
-        assert silent[line["id"]] == pytest.approx(probability, abs=1e-4)
-        quiet = line["no_answer_score"] > model.threshold
-        assert line["answer"] == ("" if quiet else line["n_best"][0]["text"])
-    # What the official script makes of both files: the best answers and their probabilities.
-    best = [line["n_best"][0]["text"] for line in lines]
-    found = evaluate_with_no_answers(best, list(silent.values()), list(references.values()))
-    assert found["best_f1"] == pytest.approx(metrics["val/f1"], abs=1e-3)
-
-
-def test_predicting_without_answers_takes_what_was_trained(
-    fitted_v2: Any, qa_model: Path, qa_data: Path, tmp_path: Path
-) -> None:
-    """A flat file says nothing about missing answers; the checkpoint does."""
-    _, _, folder, thresholds = fitted_v2
-    file = tmp_path / "ask.csv"
-    context = "the ship was seen near oslo and left again quietly"
-    file.write_text(f"id,question,context\n1,when,{context}\n2,where,{context}\n")
-    for allowed, answers in ((None, {"1": "", "2": "oslo"}), (False, {"1": None, "2": "oslo"})):
-        model = QuestionAnswerer(str(qa_model))
-        data = _data(qa_data, "v2", predict_file=str(file), version_2=allowed)
-        trainer = _trainer(model.prediction_writer(tmp_path / "a.json"))
-        trainer.predict(model, data, ckpt_path=folder / "last.ckpt", return_predictions=False)
-        assert model.threshold == thresholds[-1]
-        written = json.loads((tmp_path / "a.json").read_text())
-        if allowed is None:
-            assert written == answers
-        else:
-            assert written["2"] == "oslo" and written["1"]
-
-
-def test_answers_go_to_files_of_a_known_kind(qa_model: Path, tmp_path: Path) -> None:
-    model = QuestionAnswerer(str(qa_model))
-    assert model.predictions_suffix == ".json"
-    with pytest.raises(ConfigError, match=r"\.json or \.jsonl"):
-        model.prediction_writer(tmp_path / "a.csv")
 
 
 def test_what_cannot_be_run_is_refused(qa_model: Path, qa_data: Path, tmp_path: Path) -> None:
@@ -324,7 +171,9 @@ def test_what_cannot_be_run_is_refused(qa_model: Path, qa_data: Path, tmp_path: 
 
 
 def test_loaders_without_the_data_module_are_refused(qa_model: Path, qa_data: Path) -> None:
-    data = _data(qa_data, "v1", "validation", tokenizer=str(qa_model))
+    data = make_data(qa_data, "v1", "validation", tokenizer=str(qa_model))
     data.setup("validate")
     with pytest.raises(ConfigError, match="give the Trainer a QuestionAnsweringDataModule"):
-        _trainer().validate(QuestionAnswerer(str(qa_model)), data.val_dataloader(), verbose=False)
+        make_trainer().validate(
+            QuestionAnswerer(str(qa_model)), data.val_dataloader(), verbose=False
+        )

@@ -77,5 +77,5 @@ def test_keys_of_a_large_file_are_those_of_its_first_row(
     table = read_table(str(file), cache_dir=str(tmp_path / "cache"))
     assert list(table.columns["note"]) == ["y", None]
     file.write_text('{"text": "x"}\n{"text": "z", "note": "y"}\n')
-    with pytest.raises(DataError, match=r"a.jsonl, line 2: the key 'note' is not in the first row"):
+    with pytest.raises(DataError, match=r"a.jsonl, line 2: the first row has no key 'note'"):
         read_table(str(file), cache_dir=str(tmp_path / "cache"))

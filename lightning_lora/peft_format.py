@@ -106,7 +106,7 @@ def to_peft_config(model: nn.Module, prefix: str = "") -> dict[str, Any]:
         "use_rslora": config.use_rslora,
         "use_dora": False,
         "modules_to_save": whole or None,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(target.kind == "Conv1D" for target in plan.targets),
         "init_lora_weights": True,
     }
 

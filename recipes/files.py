@@ -251,7 +251,7 @@ def _map_rows(
             later = [name for name in row if name not in names]
             if later:
                 raise DataError(
-                    f"{source}, {unit} {number}: the key {later[0]!r} is not in the first row. In a "
+                    f"{source}, {unit} {number}: the first row has no key {later[0]!r}. In a "
                     "file of this size the first row must have all keys."
                 )
             yield {_LINE: number, **{name: row.get(name) for name in names}}

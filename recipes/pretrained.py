@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_lora.errors import ConfigError, DataError
+from lightning_lora.errors import ConfigError, DataError, LightningLoRAError
 from lightning_lora.recipes.files import BUNDLED, nearest, resolve_path
 
 # RoBERTa's relatives number positions from the padding index on and so take fewer tokens than
@@ -183,6 +183,8 @@ def _quiet_transformers() -> Iterator[None]:
 def _readable_errors(name: str) -> Iterator[None]:
     try:
         yield
+    except LightningLoRAError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         if Path(name).expanduser().is_dir() or name.startswith(BUNDLED):
             advice = "Check that the folder holds a complete model with this kind of head."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copyreg
+import importlib
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -33,6 +34,8 @@ class LoRALayer(nn.Module):
         raise NotImplementedError
 
 
+# Layers of packages that are imported only where a model brings them, and where each is adapted.
+_ON_DEMAND = {("transformers.pytorch_utils", "Conv1D"): "lightning_lora.layers.conv1d"}
 _REGISTRY: dict[type[nn.Module], type[LoRALayer]] = {}
 _DERIVED: dict[type[nn.Module], type[LoRALayer]] = {}
 
@@ -58,7 +61,9 @@ def register_layer(adapted: type[LoRALayer]) -> type[LoRALayer]:
 
 def supported_layers() -> tuple[str, ...]:
     """Names of the layer types that can be adapted."""
-    return tuple(f"{base.__module__}.{base.__qualname__}" for base in _REGISTRY)
+    registered = (f"{base.__module__}.{base.__qualname__}" for base in _REGISTRY)
+    on_demand = (f"{module}.{name}" for module, name in _ON_DEMAND)
+    return tuple(dict.fromkeys([*registered, *on_demand]))
 
 
 def adapted_class(layer: type[nn.Module]) -> type[LoRALayer] | None:
@@ -67,6 +72,10 @@ def adapted_class(layer: type[nn.Module]) -> type[LoRALayer] | None:
     A subclass of a registered type qualifies if it kept that type's ``forward``; one with a forward
     of its own would lose it in the swap, and needs `register_layer`.
     """
+    for ancestor in layer.__mro__:
+        home = _ON_DEMAND.get((ancestor.__module__, ancestor.__qualname__))
+        if home is not None:
+            importlib.import_module(home)
     if layer in _REGISTRY:
         return _REGISTRY[layer]
     if layer in _DERIVED:

@@ -66,7 +66,8 @@ def test_classes_that_can_be_adapted() -> None:
     assert adapted_class(Doubling) is None
     assert adapted_class(nn.ReLU) is None
     assert adapted_class(LoRALinear) is None
-    assert supported_layers() == ("torch.nn.modules.linear.Linear",)
+    known = ("torch.nn.modules.linear.Linear", "transformers.pytorch_utils.Conv1D")
+    assert supported_layers() == known
 
 
 def test_a_subclass_keeps_what_it_is() -> None:

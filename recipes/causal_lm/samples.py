@@ -44,6 +44,7 @@ class SamplePrompts(Callback):
         self.prompts = prompts
         self._rows: list[dict[str, Any]] = []
         self._folder: Path | None = None
+        self._written: set[tuple[int, str]] = set()
         self._latest: tuple[int, list[str]] = (-1, [])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -51,10 +52,11 @@ class SamplePrompts(Callback):
         self._rows = [] if trainer.fast_dev_run else self._find_prompts(trainer)  # type: ignore[attr-defined]
         self._latest = (-1, [])
         # Every rank takes part in finding the folder.
-        folder = trainer.log_dir
-        self._folder = Path(folder) if folder is not None and trainer.is_global_zero else None
+        folder = trainer.log_dir or trainer.default_root_dir
+        self._folder = Path(folder) if trainer.is_global_zero else None
         if self._rows and self._folder is not None:
-            _keep_until(self._folder / SAMPLES_FILE, trainer.global_step)
+            kept = _keep_until(self._folder / SAMPLES_FILE, trainer.global_step)
+            self._written = {(record["step"], record["moment"]) for record in kept}
         if trainer.global_step == 0:
             self._sample(trainer, pl_module, BEFORE)
 
@@ -85,7 +87,10 @@ class SamplePrompts(Callback):
         prompts = [str(row["prompt"]) for row in self._rows]
         pairs = list(zip(prompts, self._latest[1], strict=True))
         file = self._folder / SAMPLES_FILE
-        _append(file, pairs, moment, step, trainer.current_epoch)
+        # A checkpoint from before a validation has that validation done again.
+        if (step, moment) not in self._written:
+            self._written.add((step, moment))
+            _append(file, pairs, moment, step, trainer.current_epoch)
         for logger in trainer.loggers:
             _log(logger, pairs, step)
         before = _texts_before(file) if moment == AFTER else []
@@ -135,14 +140,15 @@ def _append(
             stream.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def _keep_until(file: Path, step: int) -> None:
+def _keep_until(file: Path, step: int) -> list[dict[str, Any]]:
     """Drop what was written after the checkpoint that a fit is resumed from; all, if it is new."""
     if not file.exists():
-        return
+        return []
     kept = [line for line in _records(file) if 0 < step >= line["step"] and line["moment"] != AFTER]
     with replacing_file(file) as stream:
         for record in kept:
             stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+    return kept
 
 
 def _records(file: Path) -> list[dict[str, Any]]:

@@ -11,8 +11,9 @@ from lightning_lora.recipes.cache import cached_rows, file_fingerprint, fingerpr
 from lightning_lora.recipes.files import LARGE_FILE, Table, resolve_path
 
 DOCUMENTS = ("file", "paragraph", "line")
-# Characters of a piece; a share of a long text is held out in whole pieces.
+# Characters of a piece, less in a small file: a share of a text is held out in whole pieces.
 _PIECE = 4096
+_FEWEST_PIECES = 64
 _LONGEST_READ = 2**16
 _LINE = "__line__"
 
@@ -75,10 +76,12 @@ def _lines(file: Path, source: str) -> Iterator[tuple[int, str]]:
 
 def _cut(file: Path, source: str) -> Iterator[tuple[int, str, bool]]:
     """Yield one document in pieces that end with a line, and not among blank ones."""
+    enough = min(_PIECE, file.stat().st_size // _FEWEST_PIECES)
     piece: list[str] = []
     size, first = 0, 1
     for number, line in _lines(file, source):
-        if (size >= _PIECE and piece[-1].endswith("\n") and line.strip()) or size >= _LONGEST_READ:
+        between = bool(piece) and piece[-1].endswith("\n") and bool(line.strip())
+        if piece and size >= (enough if between else _LONGEST_READ):
             yield first, "".join(piece), True
             piece, size = [], 0
         if not piece:

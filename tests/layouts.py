@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from tests.recipes.causal_lm.material import CHAT_TEMPLATE, save_model, write_pairs
 from tests.recipes.question_answering.material import FILLERS, make_squad, qa_words, word_tokenizer
 
 ROWS = {"train": 48, "validation": 12, "test": 12}
@@ -38,6 +39,12 @@ def tiny_encoder(folder: Path) -> Path:
         BertModel(config).save_pretrained(path)
         tokenizer.save_pretrained(path)
     return path
+
+
+def tiny_decoder(folder: Path) -> Path:
+    """Write a GPT-2 of two layers, with a tokenizer that has a chat template."""
+    path = folder / "gpt2"
+    return path if path.exists() else save_model(path, "gpt2", CHAT_TEMPLATE, positions=1024)
 
 
 def tiny_model(settings: dict[str, Any], folder: Path) -> Path:
@@ -113,6 +120,20 @@ def _questions(settings: dict[str, Any], folder: Path) -> list[str]:
     return arguments
 
 
+def _texts(settings: dict[str, Any], folder: Path) -> list[str]:
+    """Pairs with the columns that are named, or a text file."""
+    arguments = _no_dataset()
+    for number, (split, rows) in enumerate(ROWS.items()):
+        path = write_pairs(folder / f"{split}.csv", rows, number)
+        if "prompt_column" in settings:
+            header = f"{settings['prompt_column']},{settings['completion_column']}"
+            path.write_text(path.read_text().replace("mr,ref", header, 1))
+        else:
+            path = path.rename(path.with_suffix(".txt"))
+        arguments += [f"--data.{split}_file", str(path)]
+    return arguments
+
+
 def _tables(
     folder: Path, suffix: str, columns: list[str], texts: int, labels: tuple[str, ...]
 ) -> list[str]:
@@ -144,9 +165,11 @@ def _no_dataset() -> list[str]:
 _MODELS: dict[str, Callable[[Path], Path]] = {
     "TextClassifier": tiny_encoder,
     "QuestionAnswerer": tiny_encoder,
+    "CausalLM": tiny_decoder,
 }
 _WRITERS: dict[str, Callable[[dict[str, Any], Path], list[str]]] = {
     "ClassificationDataModule": _classes,
     "GlueDataModule": _glue,
     "QuestionAnsweringDataModule": _questions,
+    "CausalLMDataModule": _texts,
 }

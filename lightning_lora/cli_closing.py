@@ -94,17 +94,15 @@ def close_fit(trainer: Trainer, model: Any, run_dir: Path, log_dir: str | None) 
         run_dir: The run's folder, where the figures are written.
         log_dir: The trainer's folder of logs.
     """
-    checkpoint = trainer.checkpoint_callback
     files: dict[str, Path] = {}
-    if isinstance(checkpoint, ModelCheckpoint):
-        # Without a metric to choose by, Lightning calls the newest the best.
-        best = "best checkpoint (adapter)" if checkpoint.monitor else "checkpoint (adapter)"
-        for name, path in (
-            (best, checkpoint.best_model_path),
-            ("last checkpoint (adapter)", checkpoint.last_model_path),
-        ):
-            if path:
-                files[name] = Path(path)
+    for checkpoint in trainer.checkpoint_callbacks:
+        if isinstance(checkpoint, ModelCheckpoint):
+            # Without a metric to choose by, Lightning calls the newest the best.
+            newest = "" if checkpoint.monitor else checkpoint.best_model_path
+            best = checkpoint.best_model_path if checkpoint.monitor else ""
+            for name, path in (("best", best), ("last", checkpoint.last_model_path or newest)):
+                if path:
+                    files[f"{name} checkpoint (adapter)"] = Path(path)
     chosen = next(iter(files.values()), None)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, LoRACallback):

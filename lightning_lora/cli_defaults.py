@@ -18,7 +18,7 @@ from lightning_utilities.core.imports import RequirementCache
 from typing_extensions import override
 
 from lightning_lora.callback import LoRACallback
-from lightning_lora.cli_paths import CHECKPOINTS, CONFIG_FILE
+from lightning_lora.cli_paths import CHECKPOINTS, LAST, CONFIG_FILE
 from lightning_lora.history import METRICS_FILE, metrics_files
 
 
@@ -85,22 +85,22 @@ def progress_callbacks() -> list[Callback]:
     return [TQDMProgressBar(refresh_rate=0), EpochLines()]
 
 
-def checkpoint_callback(model: Any, run_dir: Path, validates: bool) -> ModelCheckpoint:
-    """Return the callback that keeps the best checkpoint and the last.
+def checkpoint_callbacks(model: Any, run_dir: Path, validates: bool) -> list[ModelCheckpoint]:
+    """Return the callbacks that keep the best checkpoint and the last.
 
     Args:
         model: Says with `monitor` and `monitor_mode` which metric is the best by.
         run_dir: The run's folder.
         validates: Whether validation runs, and so whether there is a metric.
     """
+    folder = run_dir / CHECKPOINTS
+    # Not `save_last`: beside a metric, Lightning writes that one only when the best improves.
+    last = ModelCheckpoint(dirpath=folder, filename=LAST, enable_version_counter=False)
     monitor = getattr(model, "monitor", None) if validates else None
-    return ModelCheckpoint(
-        dirpath=run_dir / CHECKPOINTS,
-        filename="best" if monitor else "{epoch}-{step}",
-        monitor=monitor,
-        mode=getattr(model, "monitor_mode", "min"),
-        save_last=True,
-    )
+    if monitor is None:
+        return [last]
+    mode = getattr(model, "monitor_mode", "min")
+    return [ModelCheckpoint(dirpath=folder, filename="best", monitor=monitor, mode=mode), last]
 
 
 def loggers(run_dir: Path) -> list[Logger]:

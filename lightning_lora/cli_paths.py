@@ -16,6 +16,7 @@ from lightning_lora.errors import CheckpointError, ConfigError
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
+LAST = "last"
 _VERSION = re.compile(r"version_(\d+)")
 
 
@@ -151,7 +152,7 @@ def find_checkpoint(wanted: str, output_dir: Path) -> Path:
     Raises:
         CheckpointError: If there is none; those that are there are named.
     """
-    if wanted in ("best", "last"):
+    if wanted in ("best", LAST):
         for run in reversed(runs(output_dir)):
             path = run / CHECKPOINTS / f"{wanted}.ckpt"
             if path.exists():

@@ -18,7 +18,7 @@ from lightning_lora.checkpoints import read_checkpoint
 from lightning_lora.cli_closing import KeepConfusion, close_fit, close_test
 from lightning_lora.cli_defaults import (
     MergeBest,
-    checkpoint_callback,
+    checkpoint_callbacks,
     clear_unstarted,
     loggers,
     missing_folders,
@@ -230,7 +230,7 @@ class LoRACLI(LightningCLI):
             extra.append(KeepConfusion())
         if settings["enable_checkpointing"] is not False and not _any(given, ModelCheckpoint):
             validates = settings["limit_val_batches"] != 0
-            extra.append(checkpoint_callback(self.model, self.run_dir, validates))
+            extra += checkpoint_callbacks(self.model, self.run_dir, validates)
         if settings["logger"] is not False and not _any(given, LearningRateMonitor):
             extra.append(LearningRateMonitor(logging_interval="step"))
         return extra

@@ -18,6 +18,7 @@ from typing import Any
 
 from lightning_lora.errors import DataError
 from lightning_lora.recipes.cache import cached_rows, file_fingerprint, fingerprint
+from lightning_lora.recipes.columns import Selection, read_ahead
 from lightning_lora.recipes.readers import (
     NumberedRows,
     delimited_rows,
@@ -71,7 +72,7 @@ class Table:
                 f"{self.source} has no column {name!r}{nearest(name, self.columns)}. Its columns "
                 f"are: {', '.join(map(str, self.columns))}. Name the right one with {setting}."
             )
-        return self.columns[name]
+        return read_ahead(self.columns[name])
 
     def where(self, row: int) -> str:
         """Say where a row stands, as `train.tsv, line 17`."""
@@ -84,27 +85,6 @@ class Table:
         numbers = [row + 1 if self.numbers is None else self.numbers[row] for row in rows]
         chosen = fingerprint([self.fingerprint, list(rows)])
         return replace(self, columns=columns, numbers=numbers, fingerprint=chosen)
-
-
-class Selection(Sequence):
-    """Some values of a column, looked up when they are asked for.
-
-    Example:
-        >>> list(Selection(["a", "b", "c"], [2, 0]))
-        ['c', 'a']
-    """
-
-    def __init__(self, values: Sequence[Any], rows: Sequence[int]) -> None:
-        self.values = values
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, place: Any) -> Any:
-        if isinstance(place, slice):
-            return [self.values[row] for row in self.rows[place]]
-        return self.values[self.rows[place]]
 
 
 def nearest(word: str, known: Any) -> str:

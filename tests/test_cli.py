@@ -198,6 +198,17 @@ def test_a_second_fit_leaves_the_first_alone_and_resuming_goes_on_in_its_run(
     assert "runs/version_0/checkpoints/last.ckpt" in capsys.readouterr().out
 
 
+def test_the_last_checkpoint_is_the_newest_where_the_best_does_not_improve(here: Path) -> None:
+    options = ["--model.learning_rate", "0", "--trainer.max_epochs", "3", "--output_dir", "still"]
+    main(["fit", "--config", "tiny.yaml", *options])
+    folder = here / "still" / "version_0" / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["best.ckpt", "last.ckpt"]
+    steps = {
+        path.stem: torch.load(path, weights_only=True)["global_step"] for path in folder.iterdir()
+    }
+    assert steps == {"best": 3, "last": 9}
+
+
 def test_a_fit_without_a_validation_merges_its_last_weights(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

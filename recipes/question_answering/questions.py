@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lightning_lora.errors import DataError
+from lightning_lora.recipes.columns import read_ahead
 from lightning_lora.recipes.files import Table, is_empty
-from lightning_lora.recipes.question_answering.columns import read_ahead
 from lightning_lora.recipes.question_answering.placing import Misplaced, place
 
 COLUMNS = ("id", "question", "context")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from lightning_lora.recipes.files import Selection
-from lightning_lora.recipes.question_answering.columns import ReadAhead, read_ahead
+from lightning_lora.recipes.columns import ReadAhead, Selection, read_ahead
 
 
 class Counted(list):
@@ -37,9 +36,11 @@ def test_columns_of_a_dataset_and_selections_of_them() -> None:
     column = read_ahead(rows["x"])
     assert isinstance(column, ReadAhead)
     assert list(column) == [f"v{number}" for number in range(700)]
-    chosen = read_ahead(Selection(rows["x"], [3, 300, 699]))
-    assert list(chosen) == ["v3", "v300", "v699"]
-    assert isinstance(chosen, Selection) and isinstance(chosen.values, ReadAhead)
+    chosen = Selection(rows["x"], [699, 3, 300])
+    assert list(chosen) == list(read_ahead(chosen)) == ["v699", "v3", "v300"]
+    assert (chosen[1], chosen[1:], len(chosen)) == ("v3", ["v3", "v300"], 3)
+    again = Selection(Selection(["a", "b", "c"], [2, 0]), [1, 0])
+    assert list(again) == again[:] == ["a", "c"]
 
 
 def test_columns_in_memory_stay_as_they_are() -> None:

@@ -18,7 +18,7 @@ from lightning_utilities.core.imports import RequirementCache
 from typing_extensions import override
 
 from lightning_lora.callback import LoRACallback
-from lightning_lora.cli_paths import CHECKPOINTS, LAST, CONFIG_FILE
+from lightning_lora.cli_paths import CHECKPOINTS, CONFIG_FILE, LAST
 from lightning_lora.history import METRICS_FILE, metrics_files
 
 

@@ -26,7 +26,11 @@ from lightning_lora.recipes.causal_lm.likelihood import (
     row_sums,
 )
 from lightning_lora.recipes.causal_lm.losses import IGNORED, token_cross_entropy
-from lightning_lora.recipes.causal_lm.metrics import METRICS, check_metrics, score_texts
+from lightning_lora.recipes.causal_lm.metrics import (
+    DEFAULT_METRICS,
+    check_metrics,
+    score_texts,
+)
 from lightning_lora.recipes.causal_lm.predictions import GenerationWriter
 from lightning_lora.recipes.causal_lm.samples import SamplePrompts
 from lightning_lora.recipes.predictions import gather_rows
@@ -45,8 +49,9 @@ class CausalLM(RecipeModule):
         model_name_or_path: Hub name or local folder.
         learning_rate: Highest learning rate, of AdamW.
         label_smoothing: Share of each target that is spread over the vocabulary in training.
-        metrics: What generated texts are scored by: `bleu`, `nist`, `rouge_l`, `chrf`; all of them
-            by default. An empty list leaves generation out of `test`.
+        metrics: What generated texts are scored by: `bleu`, `nist`, `rouge_l` and `chrf` by
+            default; also `nist_mteval`, the NIST of E2E's script. An empty list leaves generation
+            out of `test`.
         lowercase: Whether case does not matter to these scores, as in E2E's script.
         max_new_tokens: Tokens generated at most.
         num_beams: Beams of the search; 1 is greedy.
@@ -92,7 +97,7 @@ class CausalLM(RecipeModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(model_name_or_path, learning_rate=learning_rate, **kwargs)
-        self.metrics = check_metrics(list(METRICS) if metrics is None else metrics)
+        self.metrics = check_metrics(DEFAULT_METRICS if metrics is None else metrics)
         self.decoding = Decoding(
             max_new_tokens,
             num_beams,

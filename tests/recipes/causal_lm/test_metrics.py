@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import sacrebleu
 from nltk.translate.nist_score import corpus_nist
@@ -20,7 +22,7 @@ REFERENCES = [
     ["In the city centre, The Eagle serves Chinese food."],
     ["Aromi is cheap.", "Aromi is family-friendly with low prices.", "A cheap place is Aromi."],
 ]
-ALL = ["bleu", "nist", "rouge_l", "chrf"]
+ALL = ["bleu", "nist", "rouge_l", "chrf", "nist_mteval"]
 
 
 def test_bleu_and_chrf_are_sacrebleus() -> None:
@@ -52,6 +54,20 @@ def test_nist_is_nltks_on_bleus_tokens() -> None:
     )
 
 
+def test_mtevals_nist_is_nltks_with_one_reference_and_more_with_several() -> None:
+    single = [[each[0]] for each in REFERENCES]
+    one = score_texts(["nist", "nist_mteval"], TEXTS, single)
+    assert one["nist_mteval"] == pytest.approx(one["nist"])
+    several = score_texts(["nist", "nist_mteval"], TEXTS, REFERENCES)
+    assert several["nist_mteval"] > several["nist"]
+    # By hand: 4 words in references, "a" and "b" once each: log2(4) for both hits of 2 words; of
+    # bigrams none.
+    assert score_texts(["nist_mteval"], ["a b"], [["a c", "d b"]])["nist_mteval"] == 2
+    # Half for two thirds of the words: "a b" against three words, log2(3) for each.
+    short = score_texts(["nist_mteval"], ["a x"], [["a c d"]])["nist_mteval"]
+    assert short == pytest.approx(math.log2(3) / 2 * 0.5)
+
+
 def test_rouge_takes_the_longest_common_subsequence_with_the_best_reference() -> None:
     # a c d of "a b c d" (3 of 4) against "a c d e" (3 of 4): F1 .75; the other reference is worse.
     found = score_texts(["rouge_l"], ["a b c d", "a b"], [["x y", "a c d e"], ["a b"]])
@@ -75,5 +91,7 @@ def test_empty_and_short_texts_have_scores() -> None:
 def test_unknown_metrics_are_refused_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"no metric 'rougeL' \(did you mean 'rouge_l'\?\)"):
         check_metrics(["bleu", "rougeL"])
-    with pytest.raises(ConfigError, match=r"no metric 'meteor'.*bleu, nist, rouge_l, chrf; perpl"):
+    with pytest.raises(
+        ConfigError, match=r"no metric 'meteor'.*bleu, nist, nist_mteval, rouge_l, chrf; perpl"
+    ):
         check_metrics(["meteor"])

@@ -157,11 +157,10 @@ def _require_one_stack(config: Any, name: str) -> None:
 
 
 def _position_limit(config: Any) -> int | None:
-    try:
-        limit = getattr(config, "max_position_embeddings", None)
-    except NotImplementedError:  # XLNet's way of saying that it has no limit
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None or limit < 1:  # XLNet says -1: it has no limit
         return None
-    if limit is not None and config.model_type in _OFFSET_POSITIONS:
+    if config.model_type in _OFFSET_POSITIONS:
         limit -= (config.pad_token_id or 0) + 1
     return limit
 

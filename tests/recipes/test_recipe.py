@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning_lora import LoRACallback
 from lightning_lora.errors import ConfigError
 from lightning_lora.recipes import ClassificationDataModule, TextClassifier
+from lightning_lora.recipes.pretrained import load_tokenizer
 
 
 class Rates(Callback):
@@ -111,3 +112,16 @@ def test_encoder_decoders_are_refused_before_weights_are_read(tmp_path: Path) ->
     T5Config(d_model=8, num_layers=1).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"is an encoder-decoder model \(t5\)"):
         TextClassifier(str(tmp_path), ["a", "b"]).configure_model()
+
+
+def test_models_without_a_limit_of_positions_leave_the_tokenizers(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, XLNetConfig
+
+    XLNetConfig(d_model=8, n_layer=1, n_head=2, d_inner=8, vocab_size=9).save_pretrained(tmp_path)
+    words = Tokenizer(models.WordLevel({"a": 0, "[PAD]": 1}, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", model_max_length=77
+    )
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).model_max_length == 77

@@ -58,11 +58,10 @@ def test_mtevals_nist_is_nltks_with_one_reference_and_more_with_several() -> Non
     single = [[each[0]] for each in REFERENCES]
     one = score_texts(["nist", "nist_mteval"], TEXTS, single)
     assert one["nist_mteval"] == pytest.approx(one["nist"])
-    several = score_texts(["nist", "nist_mteval"], TEXTS, REFERENCES)
-    assert several["nist_mteval"] > several["nist"]
     # By hand: 4 words in references, "a" and "b" once each: log2(4) for both hits of 2 words; of
     # bigrams none.
-    assert score_texts(["nist_mteval"], ["a b"], [["a c", "d b"]])["nist_mteval"] == 2
+    several = score_texts(["nist", "nist_mteval"], ["a b"], [["a c", "d b"]])
+    assert several == {"nist": 1, "nist_mteval": 2}
     # Half for two thirds of the words: "a b" against three words, log2(3) for each.
     short = score_texts(["nist_mteval"], ["a x"], [["a c d"]])["nist_mteval"]
     assert short == pytest.approx(math.log2(3) / 2 * 0.5)

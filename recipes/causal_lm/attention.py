@@ -10,8 +10,9 @@ with transformers 5.24 for 22 architectures, eager and SDPA attention.)
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -31,7 +32,12 @@ def accepts(model: nn.Module, name: str) -> bool:
     inner: Any = model
     if hasattr(model, "get_base_model"):  # PEFT's wrapper passes everything on
         inner = model.get_base_model()  # type: ignore[operator]
-    return name in inspect.signature(type(inner).forward).parameters
+    return name in _parameters(type(inner).forward)
+
+
+@lru_cache(maxsize=8)
+def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def packed_inputs(

@@ -61,7 +61,7 @@ class CausalLMDataModule(RecipeDataModule):
             `line`.
         train_on_prompt: Whether prompts are trained too, with everything else around the answers.
         packing: Put several examples into one sequence of `max_length` tokens, without letting them
-            see each other.
+            see each other; so are documents of plain text, which else run on in the same blocks.
         max_length: Tokens of an example at most. Longer ones are cut off; plain text goes on in the
             next block.
         batch_size: Examples, or packed sequences, in a training batch.

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from lightning_lora.errors import ConfigError
 from lightning_lora.recipes.causal_lm.attention import (
     BY_ONE_ROW,
     accepts,
@@ -98,6 +99,8 @@ class CausalLM(RecipeModule):
     ) -> None:
         super().__init__(model_name_or_path, learning_rate=learning_rate, **kwargs)
         self.metrics = check_metrics(DEFAULT_METRICS if metrics is None else metrics)
+        if not 0 <= label_smoothing < 1:
+            raise ConfigError(f"model.label_smoothing is {label_smoothing}, not from 0 to below 1.")
         self.decoding = Decoding(
             max_new_tokens,
             num_beams,

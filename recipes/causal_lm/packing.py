@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+# Examples that are distributed together: enough for full sequences, few enough for any memory.
+_WINDOW = 100_000
 _READ = 64
 
 
@@ -65,19 +67,27 @@ def packed_rows(examples: Any, capacity: int) -> Iterator[dict[str, Any]]:
         `input_ids` and `trained` of all examples one after the other, their lengths as `parts`,
         the sequence's `length`, and its number as `row`.
     """
-    bins = pack(examples["length"][:], capacity)
-    for first in range(0, len(bins), _READ):
-        group = bins[first : first + _READ]
-        read = examples[[example for members in group for example in members]]
-        place = 0
-        for number, members in enumerate(group, start=first):
-            chosen = slice(place, place + len(members))
-            place += len(members)
-            ids = np.concatenate(list(read["input_ids"][chosen]))
-            yield {
-                "input_ids": ids,
-                "trained": np.concatenate(list(read["trained"][chosen])),
-                "parts": np.asarray(read["length"][chosen], dtype=np.int32),
-                "length": len(ids),
-                "row": number,
-            }
+    lengths, number = examples["length"][:], 0
+    for start in range(0, len(lengths), _WINDOW):
+        bins = pack(lengths[start : start + _WINDOW], capacity)
+        for first in range(0, len(bins), _READ):
+            group = bins[first : first + _READ]
+            read = examples[[start + example for members in group for example in members]]
+            for row in _joined(read, [len(members) for members in group]):
+                yield {**row, "row": number}
+                number += 1
+
+
+def _joined(read: dict[str, Any], counts: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Put the next so many examples together, and the next, and so on."""
+    place = 0
+    for count in counts:
+        chosen = slice(place, place + count)
+        place += count
+        ids = np.concatenate(list(read["input_ids"][chosen]))
+        yield {
+            "input_ids": ids,
+            "trained": np.concatenate(list(read["trained"][chosen])),
+            "parts": np.asarray(read["length"][chosen], dtype=np.int32),
+            "length": len(ids),
+        }

@@ -23,6 +23,7 @@ from lightning_lora.recipes.causal_lm.records import (
     readable,
     text_of,
 )
+from lightning_lora.recipes.columns import read_ahead
 from lightning_lora.recipes.files import Table
 
 _CHUNK = 500
@@ -79,9 +80,9 @@ class RowReader:
         """Yield the rows with their numbers, reading many at a time: `{column: value}`."""
         columns = self.columns
         names = [columns.messages, *columns.prompt, columns.completion, columns.text]
-        used = {name: self.table.columns[name] for name in names if name is not None}
         if "continues" in self.table.columns and columns.kind == TEXT:
-            used["continues"] = self.table.columns["continues"]
+            names.append("continues")
+        used = {name: read_ahead(self.table.columns[name]) for name in names if name is not None}
         for first in range(0, len(self.table), _CHUNK):
             chunk = {name: values[first : first + _CHUNK] for name, values in used.items()}
             for place in range(min(_CHUNK, len(self.table) - first)):

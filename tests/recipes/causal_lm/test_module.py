@@ -259,6 +259,7 @@ def test_beams_and_sampling_are_passed_on(lm_model: Path, monkeypatch: pytest.Mo
         ({"metrics": ["blue"]}, "no metric 'blue' (did you mean 'bleu'?)"),
         ({"num_beams": 0, "top_p": 0.0}, "num_beams is 0, not at least 1; top_p is 0.0, not above"),
         ({"temperature": 0.5}, "temperature and top_p need do_sample"),
+        ({"label_smoothing": 1.0}, "label_smoothing is 1.0, not from 0"),
         ({"dtype": "flaot32"}, "model.dtype is 'flaot32'"),
     ],
 )

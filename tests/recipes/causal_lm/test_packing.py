@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 import pytest
 
+from lightning_lora.recipes.causal_lm import packing
 from lightning_lora.recipes.causal_lm.packing import pack, packed_rows
 
 
@@ -36,7 +37,11 @@ def test_examples_as_long_as_sentences_leave_less_than_two_per_cent() -> None:
     assert 1 - sum(lengths) / (512 * len(bins)) < 0.02
 
 
-def test_packed_rows_are_their_examples_one_after_the_other() -> None:
+@pytest.mark.parametrize("window", [17, 1000])
+def test_packed_rows_are_their_examples_one_after_the_other(
+    window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "_WINDOW", window)
     draw = random.Random(0)
     examples = []
     for number in range(200):

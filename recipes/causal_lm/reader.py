@@ -23,7 +23,6 @@ from lightning_lora.recipes.causal_lm.records import (
     readable,
     text_of,
 )
-from lightning_lora.recipes.columns import read_ahead
 from lightning_lora.recipes.files import Table
 
 _CHUNK = 500
@@ -82,7 +81,7 @@ class RowReader:
         names = [columns.messages, *columns.prompt, columns.completion, columns.text]
         if "continues" in self.table.columns and columns.kind == TEXT:
             names.append("continues")
-        used = {name: read_ahead(self.table.columns[name]) for name in names if name is not None}
+        used = {name: self.table.columns[name] for name in names if name is not None}
         for first in range(0, len(self.table), _CHUNK):
             chunk = {name: values[first : first + _CHUNK] for name, values in used.items()}
             for place in range(min(_CHUNK, len(self.table) - first)):

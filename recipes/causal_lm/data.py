@@ -272,6 +272,12 @@ class CausalLMDataModule(RecipeDataModule):
 
     def _encode_prompts(self, split: str) -> Any:
         reader, prompts, limit = self.reader(split), self.prompts(split), self._prompt_limit()
+        if split == "predict" and self.given.kind is None and reader.columns.kind == TEXT:
+            rank_zero_info(
+                f"{reader.table.source}: the texts are continued as they are. To put them as "
+                "prompts, name the columns that the model was trained with, such as "
+                "data.prompt_column and data.completion_column."
+            )
         parts = [
             "causal lm prompts",
             tokenizer_fingerprint(self.tokenizer),

@@ -26,7 +26,7 @@ def row_sums(losses: Tensor, targets: Tensor, rows: Tensor) -> RowSums:
     """
     return {
         "row": rows.cpu().numpy(),
-        "loss": losses.double().sum(1).cpu().numpy(),
+        "loss": losses.sum(1).cpu().double().numpy(),
         "tokens": targets.sum(1).cpu().numpy(),
     }
 

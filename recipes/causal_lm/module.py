@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
@@ -43,7 +42,8 @@ class CausalLM(RecipeModule):
     """A pretrained decoder that continues texts: instructions, pairs, or plain text.
 
     It takes the batches of `CausalLMDataModule`. Loss and perplexity are over tokens: the sum over
-    all that are predicted, in all batches and on all ranks, by their number. `test` and `predict`
+    all that are predicted, in all batches of an evaluation or in one of training, on all ranks, by
+    their number. (Batches whose gradients are accumulated count alike.) `test` and `predict`
     generate a text for each prompt; `test` scores them against the references.
 
     Args:
@@ -63,8 +63,8 @@ class CausalLM(RecipeModule):
         length_penalty: Above 0 prefers longer texts in beam search, below 0 shorter ones.
         sample_prompts: Prompts that are continued before, during and after a fit, to look at; the
             first three of the validation data by default, none with an empty list.
-        attention: Attention's implementation, such as `eager`, `sdpa` or `flash_attention_2`; by
-            default what `transformers` picks.
+        attn_implementation: How attention is computed, such as `eager`, `sdpa` or
+            `flash_attention_2`; by default what `transformers` picks.
         **kwargs: As for `RecipeModule`.
 
     Raises:
@@ -94,7 +94,7 @@ class CausalLM(RecipeModule):
         no_repeat_ngram_size: int = 0,
         length_penalty: float = 1.0,
         sample_prompts: list[str] | None = None,
-        attention: str | None = None,
+        attn_implementation: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model_name_or_path, learning_rate=learning_rate, **kwargs)
@@ -123,8 +123,8 @@ class CausalLM(RecipeModule):
     def build_model(self) -> Any:
         """Return the pretrained model with its language modelling head."""
         options = self.load_options()
-        if self.hparams["attention"] is not None:
-            options["attn_implementation"] = self.hparams["attention"]
+        if self.hparams["attn_implementation"] is not None:
+            options["attn_implementation"] = self.hparams["attn_implementation"]
         return load_model("AutoModelForCausalLM", self.hparams["model_name_or_path"], **options)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
@@ -259,6 +259,4 @@ class CausalLM(RecipeModule):
     def _log_scores(self, stage: str, scores: dict[str, float]) -> None:
         """Log what all ranks have come to alike."""
         for name, value in scores.items():
-            # In float64 from here on: a float would be rounded.
-            exact = torch.tensor(value, dtype=torch.float64)
-            self.log(f"{stage}/{name}", exact, prog_bar=True, batch_size=1, sync_dist=True)
+            self.log(f"{stage}/{name}", value, prog_bar=True, batch_size=1, sync_dist=True)

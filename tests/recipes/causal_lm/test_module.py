@@ -14,9 +14,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from lightning.pytorch import seed_everything
 
+from lightning_lora import inject_lora
 from lightning_lora.errors import ConfigError
 from lightning_lora.recipes.causal_lm import CausalLM, CausalLMDataModule
+from lightning_lora.recipes.causal_lm.attention import BY_ONE_ROW
 from lightning_lora.recipes.causal_lm.batches import ExampleCollator, PromptCollator
+from tests.models import shake
 from tests.recipes.causal_lm.material import (
     CHAT_TEMPLATE,
     make_tokenizer,
@@ -72,6 +75,40 @@ def test_packed_examples_have_the_loss_and_gradient_that_they_have_apart(
     torch.testing.assert_close(packed[2], apart[2], rtol=1e-5, atol=1e-5)
     for name, gradient in apart[3].items():
         torch.testing.assert_close(packed[3][name], gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_models_that_compute_all_logits_have_the_same_loss(
+    packing: bool, lm_model: Path, lm_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = _pairs(lm_data, "test", packing=packing, tokenizer=str(lm_model))
+    model = CausalLM(str(lm_model))
+    model.configure_model()
+    batch = ExampleCollator(0, packing)(list(data.encoded("test")))
+    expected = model._losses(batch)[0]
+    if packing:
+        model._way = BY_ONE_ROW
+    else:
+        monkeypatch.setattr(
+            "lightning_lora.recipes.causal_lm.module.accepts", lambda model, name: False
+        )
+    torch.testing.assert_close(model._losses(batch)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_checkpointing_changes_no_gradient(lm_model: Path, lm_data: Path) -> None:
+    data = _pairs(lm_data, "test", packing=True, tokenizer=str(lm_model))
+    batch = ExampleCollator(0, True)(list(data.encoded("test")))
+    gradients = []
+    for checkpointing in (False, True):
+        model = CausalLM(str(lm_model), gradient_checkpointing=checkpointing)
+        model.configure_model()
+        assert model.model.is_gradient_checkpointing == checkpointing
+        inject_lora(model, r=4, alpha=8, seed=1)
+        shake(model)
+        model._losses(batch)[0].sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two)
 
 
 def test_perplexity_is_over_tokens_and_not_over_batches(lm_model: Path, tmp_path: Path) -> None:

@@ -6,19 +6,17 @@
 DIR holds e2e (devset.csv to train on, testset_w_refs.csv) and gsm8k (train_first2000.jsonl,
 test.jsonl). E2E is scored by greedy texts against all references of each meaning representation
 (BLEU, NIST, ROUGE-L, chrF; case counts) and by the references' perplexity; GSM8K by the perplexity
-of the test answers. `--rows` cuts the training rows and `--test_rows` the test rows to the first
-so many, the same for all methods.
+of the test answers.
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 
-from benchmarks.methods import METHODS, Result, keep, run, table
+from benchmarks.methods import Result, parser, run, run_all
 from benchmarks.weights import smollm2
 from lightning_lora.recipes import CausalLM, CausalLMDataModule
 from lightning_lora.recipes.files import Table
@@ -63,52 +61,40 @@ def score(trainer: Trainer, module: Any, data: Any) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    methods = [method for method in METHODS if method != "probe"]
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--methods", nargs="+", default=methods, choices=methods)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--rows", type=int)
-    parser.add_argument("--test_rows", type=int)
-    parser.add_argument("--precision", default="bf16-mixed")
-    parser.add_argument("--output", type=Path, help="JSON lines file to append results to")
-    arguments = parser.parse_args()
-    results: list[Result] = []
-    for seed in arguments.seeds:
-        for task in arguments.tasks:
-            for method in arguments.methods:
-                settings: dict[str, Any] = {
-                    "model_name_or_path": smollm2(),
-                    "learning_rate": LEARNING_RATES[method],
-                    "max_new_tokens": 80,
-                    "sample_prompts": [],
-                }
-                if task == "gsm8k":
-                    settings["metrics"] = []
-                given = {
-                    name: str(arguments.data / value) if name.endswith("_file") else value
-                    for name, value in TASKS[task].items()
-                }
-                data = FirstRows(**given, batch_size=8, eval_batch_size=16)
-                data.rows = {"train": arguments.rows, "test": arguments.test_rows}
-                result = run(
-                    task,
-                    method,
-                    seed,
-                    CausalLM,
-                    settings,
-                    data,
-                    score,
-                    max_epochs=arguments.epochs,
-                    precision=arguments.precision,
-                )
-                keep(result, arguments.output)
-                results.append(result)
-    print("\n" + table(results))
+    options = parser(__doc__, list(TASKS), list(LEARNING_RATES))
+    options.set_defaults(epochs=1, precision="bf16-mixed")
+    options.add_argument("--test_rows", type=int, help="test rows, the same for all methods")
+    arguments = options.parse_args()
+
+    def one(task: str, method: str, seed: int, settings: dict[str, Any]) -> Result:
+        given = {
+            name: str(arguments.data / value) if name.endswith("_file") else value
+            for name, value in TASKS[task].items()
+        }
+        data = FirstRows(**given, batch_size=8, eval_batch_size=16)
+        data.rows = {"train": arguments.rows, "test": arguments.test_rows}
+        module = {
+            "model_name_or_path": smollm2(),
+            "learning_rate": LEARNING_RATES[method],
+            "max_new_tokens": 80,
+            "sample_prompts": [],
+            # The answers of GSM8K are no texts to be compared in words.
+            "metrics": [] if task == "gsm8k" else None,
+        }
+        return run(
+            task,
+            method,
+            seed,
+            CausalLM,
+            {**module, **settings},
+            data,
+            score,
+            in_place=arguments.in_place,
+            max_epochs=arguments.epochs,
+            precision=arguments.precision,
+        )
+
+    run_all(arguments, one)
 
 
 if __name__ == "__main__":

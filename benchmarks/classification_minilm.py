@@ -5,18 +5,17 @@
 
 DIR holds the folders sst2, cola and stsb in GLUE's layout, and trec with train.tsv and test.tsv
 (columns coarse, fine, question). Scores are those of GLUE's development sets, and of TREC's test
-set. `--rows` cuts the training rows to the first so many, the same for all methods.
+set.
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 
-from benchmarks.methods import METHODS, Result, keep, run, table
+from benchmarks.methods import Result, parser, run, run_all
 from benchmarks.weights import minilm
 from lightning_lora.recipes import ClassificationDataModule, GlueDataModule, TextClassifier
 from lightning_lora.recipes.files import Table
@@ -60,43 +59,23 @@ def score(trainer: Trainer, module: Any, data: Any) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--rows", type=int, help="training rows, the same for all methods")
-    parser.add_argument("--lr", type=float, help="instead of each method's own")
-    parser.add_argument("--precision", default="bf16-mixed")
-    parser.add_argument("--output", type=Path, help="JSON lines file to append results to")
-    arguments = parser.parse_args()
-    results: list[Result] = []
-    for seed in arguments.seeds:
-        for task in arguments.tasks:
-            for method in arguments.methods:
-                settings: dict[str, Any] = {
-                    "model_name_or_path": minilm(),
-                    "metrics": TASKS[task],
-                }
-                if arguments.lr is not None:
-                    settings["learning_rate"] = arguments.lr
-                result = run(
-                    task,
-                    method,
-                    seed,
-                    TextClassifier,
-                    settings,
-                    data_of(task, arguments.data, arguments.rows),
-                    score,
-                    max_epochs=arguments.epochs,
-                    precision=arguments.precision,
-                )
-                keep(result, arguments.output)
-                results.append(result)
-    print("\n" + table(results))
+    arguments = parser(__doc__, list(TASKS)).parse_args()
+
+    def one(task: str, method: str, seed: int, settings: dict[str, Any]) -> Result:
+        return run(
+            task,
+            method,
+            seed,
+            TextClassifier,
+            {"model_name_or_path": minilm(), "metrics": TASKS[task], **settings},
+            data_of(task, arguments.data, arguments.rows),
+            score,
+            in_place=arguments.in_place,
+            max_epochs=arguments.epochs,
+            precision=arguments.precision,
+        )
+
+    run_all(arguments, one)
 
 
 if __name__ == "__main__":

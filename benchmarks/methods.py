@@ -7,12 +7,13 @@ differs between them is the implementation alone.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,7 @@ def run(
     score: Callable[[Trainer, RecipeModule, Any], dict[str, float]],
     r: int = 8,
     alpha: float = 16,
+    in_place: bool = False,
     **trainer_settings: Any,
 ) -> Result:
     """Fit with one method and score the last weights.
@@ -128,6 +130,7 @@ def run(
         score: Returns the scores to report once the model is trained.
         r: Rank of the adapters.
         alpha: Numerator of their scaling.
+        in_place: Whether LoRA also trains biases and LayerNorms.
         **trainer_settings: Arguments of the Trainer.
     """
     seed_everything(seed, verbose=False)
@@ -138,7 +141,8 @@ def run(
     module = kind(**{"learning_rate": LEARNING_RATES[method], **settings})
     callbacks: list[Callback] = [SameStart(seed)]
     if method == "lora":
-        callbacks.insert(0, LoRACallback(r=r, alpha=alpha, verbose=False))
+        more: dict[str, Any] = {"bias": "all", "train_layer_norms": True} if in_place else {}
+        callbacks.insert(0, LoRACallback(r=r, alpha=alpha, verbose=False, **more))
     trainer = Trainer(
         accelerator="cpu",
         logger=False,
@@ -171,6 +175,47 @@ def keep(result: Result, file: Path | None) -> None:
     if file is not None:
         with file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(asdict(result)) + "\n")
+
+
+def parser(
+    description: str | None, tasks: Sequence[str], methods: Sequence[str] = METHODS
+) -> argparse.ArgumentParser:
+    """The arguments that all quality benchmarks take."""
+    found = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    found.add_argument("--data", type=Path, required=True)
+    found.add_argument("--tasks", nargs="+", default=list(tasks), choices=tasks)
+    found.add_argument("--methods", nargs="+", default=list(methods), choices=methods)
+    found.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    found.add_argument("--epochs", type=int, default=3)
+    found.add_argument("--rows", type=int, help="training rows, the same for all methods")
+    found.add_argument("--lr", type=float, help="instead of each method's own")
+    found.add_argument(
+        "--in_place", action="store_true", help="LoRA also trains biases and LayerNorms"
+    )
+    found.add_argument("--precision", default="32-true")
+    found.add_argument("--output", type=Path, help="JSON lines file to append results to")
+    return found
+
+
+def run_all(
+    arguments: argparse.Namespace, one: Callable[[str, str, int, dict[str, Any]], Result]
+) -> None:
+    """Run the grid of seeds, tasks and methods, and print the table.
+
+    Args:
+        arguments: As parsed by `parser`.
+        one: Runs a task with a method and a seed; its last argument are settings of the module.
+    """
+    results = []
+    for seed in arguments.seeds:
+        for task in arguments.tasks:
+            for method in arguments.methods:
+                settings = {} if arguments.lr is None else {"learning_rate": arguments.lr}
+                results.append(one(task, method, seed, settings))
+                keep(results[-1], arguments.output)
+    print("\n" + table(results))
 
 
 def table(results: Iterable[Result]) -> str:

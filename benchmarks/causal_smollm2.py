@@ -11,7 +11,6 @@ of the test answers.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer

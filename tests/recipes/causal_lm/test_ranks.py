@@ -47,7 +47,7 @@ pairs = CausalLMDataModule(
     train_file=f"{data}/train.csv", validation_file=f"{data}/validation.csv",
     test_file=f"{data}/test.csv", predict_file=f"{data}/test.csv",
     prompt_column="mr", completion_column="ref", packing=packing, max_length=64,
-    batch_size=8 // devices, cache_dir=f"{root}/cache",
+    batch_size=8 // devices, group_by_length=False, cache_dir=f"{root}/cache",
 )
 keep = ModelCheckpoint(root, "{step}", every_n_train_steps=2, save_top_k=-1)
 fit = trainer(Course(), keep, max_epochs=2, num_sanity_val_steps=0)
@@ -105,16 +105,19 @@ def test_two_ranks_do_what_one_process_does(lm_model: Path, lm_data: Path, tmp_p
     courses = [_lines(two / f"course-{rank}.jsonl") for rank in (0, 1)]
     for whole, *parts in zip(_lines(one / "course-0.jsonl"), *courses, strict=True):
         assert sorted(parts[0][1] + parts[1][1]) == whole[1], "the same rows at the same step"
-        # Each rank's loss is its share; their mean is the loss over all tokens.
+        # Each rank's loss is its share; their mean is the loss over all tokens, of which one rank
+        # has more than the other where rows of unlike length meet.
         mean = sum(float.fromhex(part[2]) for part in parts) / 2
-        assert mean == pytest.approx(float.fromhex(whole[2]), rel=2e-3)
+        assert mean == pytest.approx(float.fromhex(whole[2]), rel=1e-4)
     expected = _scores(one, 0)
     per_rank = {"train/loss"}
     for rank in (0, 1):
         found = _scores(two, rank)
         assert set(found) == set(expected) > {"val/perplexity", "test/perplexity", "test/bleu"}
         for name in set(expected) - per_rank:
-            assert found[name] == pytest.approx(expected[name], rel=5e-3), name
+            # A text may turn at a choice that rounding decides; the sums of losses hardly move.
+            share = 1e-3 if name.endswith(("loss", "perplexity")) else 0.05
+            assert found[name] == pytest.approx(expected[name], rel=share), name
     texts = [[line["generation"] for line in _lines(root / "out.jsonl")] for root in (one, two)]
     assert [line["prompt"] for line in _lines(two / "out.jsonl")] == [
         line["prompt"] for line in _lines(one / "out.jsonl")

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 RowSums = dict[str, np.ndarray]
@@ -29,27 +26,6 @@ def row_sums(losses: Tensor, targets: Tensor, rows: Tensor) -> RowSums:
         "loss": losses.sum(1).cpu().double().numpy(),
         "tokens": targets.sum(1).cpu().numpy(),
     }
-
-
-def gather_sums(own: Iterable[RowSums], world_size: int) -> RowSums:
-    """Return the sums of all ranks, each row once and in order; a collective call.
-
-    A distributed sampler repeats rows to even out the ranks; the row numbers undo that.
-
-    Args:
-        own: This rank's sums.
-        world_size: How many ranks there are.
-    """
-    parts = list(own)
-    if world_size > 1:
-        gathered: list[Any] = [None] * world_size
-        torch.distributed.all_gather_object(gathered, parts)
-        parts = [part for rank in gathered for part in rank]
-    if not parts:
-        return {}
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    _, first = np.unique(joined["row"], return_index=True)
-    return {name: values[first] for name, values in joined.items()}
 
 
 def perplexity(sums: RowSums) -> dict[str, float]:

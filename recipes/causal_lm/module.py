@@ -21,7 +21,6 @@ from lightning_lora.recipes.causal_lm.chat import stop_ids
 from lightning_lora.recipes.causal_lm.generation import Decoding, generate
 from lightning_lora.recipes.causal_lm.likelihood import (
     RowSums,
-    gather_sums,
     perplexity,
     row_sums,
 )
@@ -33,7 +32,7 @@ from lightning_lora.recipes.causal_lm.metrics import (
 )
 from lightning_lora.recipes.causal_lm.predictions import GenerationWriter
 from lightning_lora.recipes.causal_lm.samples import SamplePrompts
-from lightning_lora.recipes.predictions import gather_rows
+from lightning_lora.recipes.predictions import gather_arrays, gather_rows
 from lightning_lora.recipes.pretrained import load_model
 from lightning_lora.recipes.recipe import RecipeModule
 
@@ -251,7 +250,7 @@ class CausalLM(RecipeModule):
         self._sums.append(row_sums(*self._losses(batch), batch["row"]))
 
     def _log_perplexity(self, stage: str) -> None:
-        sums = gather_sums(self._sums, self.trainer.world_size)
+        sums = gather_arrays(self._sums, "row", self.trainer.world_size)
         self._sums.clear()
         if sums:
             self._log_scores(stage, perplexity(sums))

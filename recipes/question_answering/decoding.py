@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F  # noqa: N812
 
+from lightning_lora.recipes.predictions import gather_arrays
 from lightning_lora.recipes.question_answering.windows import NO_LABEL
 
 Records = dict[str, np.ndarray]
@@ -175,17 +175,7 @@ def gather_records(records: Iterable[Records], world_size: int = 1) -> Records:
     Returns:
         One array of each kind; nothing where there are no windows at all.
     """
-    parts = list(records)
-    if world_size > 1:
-        gathered: list[Any] = [None] * world_size
-        torch.distributed.all_gather_object(gathered, parts)
-        parts = [part for rank in gathered for part in rank]
-    if not parts:
-        return {}
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    # Distributed samplers repeat rows to even out the ranks.
-    _, once = np.unique(joined["window"], return_index=True)
-    return {name: values[once] for name, values in joined.items()}
+    return gather_arrays(records, "window", world_size)
 
 
 def decode(records: Records, contexts: Sequence[str], n_best: int) -> list[Prediction]:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_lora.recipes.causal_lm.likelihood import gather_sums, perplexity, row_sums
+from lightning_lora.recipes.causal_lm.likelihood import perplexity, row_sums
+from lightning_lora.recipes.predictions import gather_arrays
 
 
 def test_rows_that_a_sampler_repeats_count_once() -> None:
@@ -18,7 +19,7 @@ def test_rows_that_a_sampler_repeats_count_once() -> None:
         row_sums(losses[:2], targets[:2], torch.tensor([7, 3])),
         row_sums(losses[[2, 1]], targets[[2, 1]], torch.tensor([5, 3])),
     ]
-    sums = gather_sums(parts, world_size=1)
+    sums = gather_arrays(parts, "row", world_size=1)
     assert sums["row"].tolist() == [3, 5, 7]
     assert sums["loss"].tolist() == [4, 24, 3]
     assert sums["tokens"].tolist() == [1, 3, 2]
@@ -29,4 +30,4 @@ def test_rows_that_a_sampler_repeats_count_once() -> None:
 def test_a_loss_beyond_all_numbers_is_an_infinite_perplexity() -> None:
     sums = {"loss": np.array([2000.0]), "tokens": np.array([2])}
     assert perplexity(sums) == {"loss": 1000.0, "perplexity": math.inf}
-    assert gather_sums([], world_size=1) == {}
+    assert gather_arrays([], "row", world_size=1) == {}

@@ -98,9 +98,9 @@ def close_fit(trainer: Trainer, model: Any, run_dir: Path, log_dir: str | None) 
     for checkpoint in trainer.checkpoint_callbacks:
         if isinstance(checkpoint, ModelCheckpoint):
             # Without a metric to choose by, Lightning calls the newest the best.
-            newest = "" if checkpoint.monitor else checkpoint.best_model_path
-            best = checkpoint.best_model_path if checkpoint.monitor else ""
-            for name, path in (("best", best), ("last", checkpoint.last_model_path or newest)):
+            kind = "best" if checkpoint.monitor else "last"
+            named = ((kind, checkpoint.best_model_path), ("last", checkpoint.last_model_path))
+            for name, path in named:
                 if path:
                     files[f"{name} checkpoint (adapter)"] = Path(path)
     chosen = next(iter(files.values()), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -129,6 +129,16 @@ class RecipeDataModule(LightningDataModule):
         if self.dataset is not None:
             return self.read_hub_split(split, self.split_name(split))
         return read_table(self.file_of(split), self.quoting, self.cache_dir)
+
+    def divide_rows(self, table: Table) -> tuple[list[int], list[int]]:
+        """Return which training rows are trained on and which are held out for validation.
+
+        Subclasses whose rows must not be parted from each other implement it with `divide_groups`.
+
+        Raises:
+            DataError: If one part would be empty.
+        """
+        return self.divide(len(table), table.source)
 
     def check_table(self, table: Table) -> None:
         """Refuse rows that the recipe cannot use; subclasses may implement it.
@@ -272,6 +282,20 @@ class RecipeDataModule(LightningDataModule):
         order = torch.randperm(rows, generator=generator).tolist()
         return sorted(order[held_out:]), sorted(order[:held_out])
 
+    def divide_groups(self, groups: Sequence[int], source: str) -> tuple[list[int], list[int]]:
+        """Divide rows as `divide` does, with all rows of a group in one part.
+
+        Args:
+            groups: The group of each row, numbered from 0 on.
+            source: What the groups are and where they are from, for the message.
+
+        Raises:
+            DataError: If one part would be empty.
+        """
+        chosen = set(self.divide(max(groups) + 1, source)[1])
+        train = [row for row, group in enumerate(groups) if group not in chosen]
+        return train, [row for row, group in enumerate(groups) if group in chosen]
+
     def _read(self, split: str) -> Table:
         table = self.read_split(split)
         self.check_table(table)
@@ -279,7 +303,7 @@ class RecipeDataModule(LightningDataModule):
 
     def _divide_training_rows(self) -> None:
         table = self._read("train")
-        train, held_out = self.divide(len(table), table.source)
+        train, held_out = self.divide_rows(table)
         self._tables["train"] = table.select(train)
         self._tables["validation"] = table.select(held_out)
 

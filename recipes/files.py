@@ -178,9 +178,7 @@ def read_table(
                 rows = partial(delimited_rows, file, path, tabs, quoted, header, skip_malformed)
             else:
                 unit, rows = "line", partial(json_lines, file, path)
-            large = file.stat().st_size >= LARGE_FILE
-            collect = partial(_map_rows, cache_dir) if large else _hold_rows
-            table = collect(rows, path, unit, state)
+            table = collect_rows(rows, file, path, unit, state, cache_dir)
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}. "
@@ -191,6 +189,32 @@ def read_table(
     if not len(table):
         raise DataError(f"{path} holds column names and no rows.")
     return table
+
+
+def collect_rows(
+    rows: Callable[[], NumberedRows],
+    file: Path,
+    source: str,
+    unit: str,
+    state: str,
+    cache_dir: str | None = None,
+) -> Table:
+    """Make a table of rows as they are read: in memory, or on disk where the file is large.
+
+    Args:
+        rows: Yields the rows with their numbers; not called where they lie on disk already.
+        file: The file, whose size decides.
+        source: What the user calls it.
+        unit: What the numbers count.
+        state: The table's fingerprint.
+        cache_dir: Where a large file's rows are kept, as in `cached_rows`.
+
+    Raises:
+        DataError: If a row of a large file has a key that the first has not.
+    """
+    if file.stat().st_size >= LARGE_FILE:
+        return _map_rows(cache_dir, rows, source, unit, state)
+    return _hold_rows(rows, source, unit, state)
 
 
 def is_empty(value: Any) -> bool:

@@ -5,14 +5,52 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, ClassVar, TextIO
 
 import numpy as np
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.files import replacing_file as replacing_path
+
+
+class PredictionFileWriter(BasePredictionWriter):
+    """Writes predictions to a file when prediction ends; subclasses implement `write`.
+
+    Args:
+        path: The file; it is replaced as a whole once all rows are predicted.
+
+    Raises:
+        ConfigError: If the suffix is none of the class's.
+    """
+
+    suffixes: ClassVar[tuple[str, ...]]
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(write_interval="epoch")
+        self.path = check_suffix(path, self.suffixes)
+
+    def write_on_epoch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        predictions: Sequence[Any],
+        batch_indices: Sequence[Any],
+    ) -> None:
+        """Write what was predicted."""
+        self.write(trainer, pl_module, predictions)
+
+    def write(self, trainer: Trainer, module: Any, predictions: Sequence[Any]) -> None:
+        """Bring the ranks' predictions together and write them on the first.
+
+        Args:
+            trainer: The trainer that has predicted; all ranks call this.
+            module: The LightningModule.
+            predictions: What `predict_step` has returned on this rank, batch by batch.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what it writes.")
 
 
 def check_suffix(path: str | Path, suffixes: Sequence[str]) -> Path:

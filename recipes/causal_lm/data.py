@@ -271,7 +271,7 @@ class CausalLMDataModule(RecipeDataModule):
         return padding_share(lengths, list(loader.sampler), loader.batch_size or 1)
 
     def _encode_prompts(self, split: str) -> Any:
-        reader, prompts, limit = self.reader(split), self.prompts(split), self._prompt_limit()
+        reader, limit = self.reader(split), self._prompt_limit()
         if split == "predict" and self.given.kind is None and reader.columns.kind == TEXT:
             rank_zero_info(
                 f"{reader.table.source}: the texts are continued as they are. To put them as "
@@ -287,6 +287,7 @@ class CausalLMDataModule(RecipeDataModule):
         ]
 
         def build() -> Iterator[dict[str, Any]]:
+            prompts = self.prompts(split)
             chosen = reader.prompts_at(prompts.first)
             for number, row in enumerate(prompt_rows(self.tokenizer, reader, chosen, limit)):
                 yield {
@@ -332,20 +333,16 @@ class CausalLMDataModule(RecipeDataModule):
             self._chat = ChatFormat(self.tokenizer)
         return self._chat
 
-    def _divide_training_rows(self) -> None:
-        """Hold out all rows of a prompt, or the end of a text file."""
-        table = self._read("train")
+    def divide_rows(self, table: Table) -> tuple[list[int], list[int]]:
+        """Hold out all rows of a prompt, or the end of a text file.
+
+        Raises:
+            DataError: If one part would be empty.
+        """
         columns = self._columns_of(table, "train")
         if "continues" in table.columns:
-            held_out = len(self.divide(len(table), table.source)[1])
-            border = len(table) - held_out
-            train, held = list(range(border)), list(range(border, len(table)))
-        elif columns.kind == PAIRS:
-            groups = prompt_groups(table, columns)
-            chosen = set(self.divide(max(groups) + 1, f"{table.source} (prompts)")[1])
-            train = [row for row, group in enumerate(groups) if group not in chosen]
-            held = [row for row, group in enumerate(groups) if group in chosen]
-        else:
-            train, held = self.divide(len(table), table.source)
-        self._tables["train"] = table.select(train)
-        self._tables["validation"] = table.select(held)
+            border = len(super().divide_rows(table)[0])
+            return list(range(border)), list(range(border, len(table)))
+        if columns.kind == PAIRS:
+            return self.divide_groups(prompt_groups(table, columns), f"{table.source} (prompts)")
+        return super().divide_rows(table)

@@ -8,15 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch import Trainer
 
-from lightning_lora.recipes.predictions import check_suffix, gather_rows, replacing_file
+from lightning_lora.recipes.predictions import PredictionFileWriter, gather_rows, replacing_file
 
 SUFFIXES = (".jsonl", ".csv", ".txt")
 
 
-class GenerationWriter(BasePredictionWriter):
+class GenerationWriter(PredictionFileWriter):
     """Writes prompts and what was generated after them when prediction ends.
 
     Args:
@@ -29,17 +28,9 @@ class GenerationWriter(BasePredictionWriter):
         ConfigError: If the suffix is another.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        super().__init__(write_interval="epoch")
-        self.path = check_suffix(path, SUFFIXES)
+    suffixes = SUFFIXES
 
-    def write_on_epoch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        predictions: Sequence[Any],
-        batch_indices: Sequence[Any],
-    ) -> None:
+    def write(self, trainer: Trainer, module: Any, predictions: Sequence[Any]) -> None:
         """Bring the ranks' texts together and write them on the first."""
         own = {
             row: (prompt, text)

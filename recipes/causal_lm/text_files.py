@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from lightning_lora.errors import DataError
-from lightning_lora.recipes.cache import cached_rows, file_fingerprint, fingerprint
-from lightning_lora.recipes.files import LARGE_FILE, Table, resolve_path
+from lightning_lora.recipes.cache import file_fingerprint, fingerprint
+from lightning_lora.recipes.files import Table, collect_rows, resolve_path
+from lightning_lora.recipes.readers import NumberedRows
 
 DOCUMENTS = ("file", "paragraph", "line")
 # Characters of a piece, less in a small file: a share of a text is held out in whole pieces.
 _PIECE = 4096
 _FEWEST_PIECES = 64
 _LONGEST_READ = 2**16
-_LINE = "__line__"
 
 
 def read_text_file(path: str, documents: str = "file", cache_dir: str | None = None) -> Table:
@@ -38,21 +37,17 @@ def read_text_file(path: str, documents: str = "file", cache_dir: str | None = N
     if file.is_dir():
         raise DataError(f"{path} is a folder; name one file in it.")
 
-    def build() -> Iterator[dict[str, Any]]:
+    def rows() -> NumberedRows:
         pieces = _documents(file, path, documents) if documents != "file" else _cut(file, path)
         for number, text, continues in pieces:
-            yield {_LINE: number, "text": text, "continues": continues}
+            yield number, {"text": text, "continues": continues}
 
     state = fingerprint(["text", file_fingerprint(file), documents])
-    if file.stat().st_size >= LARGE_FILE:
-        rows = cached_rows(["table", state], build, cache_dir)
-        columns: dict[str, Any] = {name: rows[name] for name in ("text", "continues")}
-        return Table(path, columns, rows[_LINE], "line", fingerprint=state)
-    held = list(build())
-    if not any(row["text"].strip() for row in held):
+    table = collect_rows(rows, file, path, "line", state, cache_dir)
+    # Goes no further than the first text, and through all of a file that is blank.
+    if not len(table) or not any(text.strip() for text in table.columns["text"]):
         raise DataError(f"{path} is empty.")
-    columns = {name: [row[name] for row in held] for name in ("text", "continues")}
-    return Table(path, columns, [row[_LINE] for row in held], "line", fingerprint=state)
+    return table
 
 
 def _lines(file: Path, source: str) -> Iterator[tuple[int, str]]:

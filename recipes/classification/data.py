@@ -135,15 +135,9 @@ class ClassificationDataModule(RecipeDataModule):
         Raises:
             DataError: If a label is missing or wrong.
         """
-        table, targets = self.table(split), None
-        if split != "predict":
-            if self.class_names is None and self.problem_type != REGRESSION:
-                raise DataError("The class names are not known before `setup` has run.")
-            assert self.label_column is not None
-            names = self.class_names or []
-            targets = encode_targets(
-                self.problem_type, table, self.label_column, names, self.label_separator
-            )
+        table, labelled = self.table(split), split != "predict"
+        if labelled and self.class_names is None and self.problem_type != REGRESSION:
+            raise DataError("The class names are not known before `setup` has run.")
         limit = min(self.max_length, self.tokenizer.model_max_length)
         parts = [
             "classification",
@@ -151,10 +145,10 @@ class ClassificationDataModule(RecipeDataModule):
             table.fingerprint,
             self.text_columns,
             limit,
-            None if targets is None else [self.label_column, self.problem_type, self.class_names],
+            [self.label_column, self.problem_type, self.class_names] if labelled else None,
             self.label_separator,
         ]
-        return cached_rows(parts, lambda: self._rows(table, targets, limit), self.cache_dir)
+        return cached_rows(parts, lambda: self._rows(table, labelled, limit), self.cache_dir)
 
     def collator(self, split: str) -> PaddingCollator:
         """Return what pads a batch to its longest row."""
@@ -165,9 +159,14 @@ class ClassificationDataModule(RecipeDataModule):
         table = self.table("predict")
         return {name: table.columns[name] for name in self.text_columns}
 
-    def _rows(
-        self, table: Table, targets: Sequence[Any] | None, limit: int
-    ) -> Iterator[dict[str, Any]]:
+    def _rows(self, table: Table, labelled: bool, limit: int) -> Iterator[dict[str, Any]]:
+        targets: Sequence[Any] = ()
+        if labelled:
+            assert self.label_column is not None
+            names = self.class_names or []
+            targets = encode_targets(
+                self.problem_type, table, self.label_column, names, self.label_separator
+            )
         columns = [table.columns[name] for name in self.text_columns]
         for start in range(0, len(table), _CHUNK):
             texts = [[str(text) for text in column[start : start + _CHUNK]] for column in columns]
@@ -177,7 +176,7 @@ class ClassificationDataModule(RecipeDataModule):
             for place, tokens in enumerate(encoded["input_ids"]):
                 row = {name: encoded[name][place] for name in encoded}
                 row |= {"row": start + place, "length": len(tokens)}
-                if targets is not None:
+                if labelled:
                     row["label"] = targets[start + place]
                 yield row
 

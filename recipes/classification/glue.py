@@ -86,6 +86,7 @@ class GlueDataModule(ClassificationDataModule):
     Args:
         task: `cola`, `sst2`, `mrpc`, `stsb`, `qqp`, `mnli`, `qnli`, `rte` or `wnli`.
         data_dir: Folder with the task's files, instead of the hub.
+        predict_file: File to predict, in the test file's layout; by default the test set.
         max_length: Longest input in tokens; the rest is cut off.
         **kwargs: As for `ClassificationDataModule`.
 
@@ -99,7 +100,12 @@ class GlueDataModule(ClassificationDataModule):
     """
 
     def __init__(
-        self, task: str, data_dir: str | None = None, max_length: int = 512, **kwargs: Any
+        self,
+        task: str,
+        data_dir: str | None = None,
+        predict_file: str | None = None,
+        max_length: int = 512,
+        **kwargs: Any,
     ) -> None:
         if task not in TASKS:
             raise ConfigError(
@@ -119,6 +125,7 @@ class GlueDataModule(ClassificationDataModule):
             "problem_type": SINGLE_LABEL if self.task.classes else REGRESSION,
             "metrics": list(self.task.metrics),
             "max_length": max_length,
+            "predict_file": predict_file,
         }
         if data_dir is None:
             settled |= {"dataset": DATASET, "dataset_config": task}
@@ -131,9 +138,8 @@ class GlueDataModule(ClassificationDataModule):
                 "train_file": str(folder / "train.tsv"),
                 "validation_file": str(folder / f"dev{matched}.tsv"),
                 "test_file": str(folder / f"test{matched}.tsv"),
+                "predict_file": predict_file or str(folder / f"test{matched}.tsv"),
             }
-            kwargs.setdefault("predict_file", None)
-            kwargs["predict_file"] = kwargs["predict_file"] or str(folder / f"test{matched}.tsv")
         kwargs.update(settled)
         super().__init__(**kwargs)
         if self.task.matched:
@@ -158,7 +164,16 @@ class GlueDataModule(ClassificationDataModule):
         """
         if self.dataset is not None:
             return super().read_split(split)
-        file = self.file_of(split)
+        return self._read_file(self.file_of(split), labelled=split == "test")
+
+    def extra_split(self, name: str) -> Table:
+        """Read MNLI's mismatched development set."""
+        if self.dataset is not None:
+            return self.read_hub_split("validation", f"validation_{name}")
+        matched = Path(self.file_of("validation"))
+        return self._read_file(str(matched.with_name(f"dev_{name}.tsv")))
+
+    def _read_file(self, file: str, labelled: bool = False) -> Table:
         table = read_table(
             file,
             quoting=False,
@@ -168,7 +183,7 @@ class GlueDataModule(ClassificationDataModule):
         )
         renamed = dict(self.task.renamed)
         columns = {renamed.get(name, name): values for name, values in table.columns.items()}
-        if split == "test" and self.label_column not in columns:
+        if labelled and self.label_column not in columns:
             raise DataError(
                 f"{table.source} has no labels: those of GLUE's test sets are withheld. Use "
                 "`validate`, or `predict` and hand the predictions in at GLUE's server."
@@ -182,17 +197,6 @@ class GlueDataModule(ClassificationDataModule):
                 for value in given
             ]
         return replace(table, columns=columns, class_names=list(names) or None)
-
-    def extra_split(self, name: str) -> Table:
-        """Read MNLI's mismatched development set."""
-        if self.dataset is not None:
-            return self.read_hub_split("validation", f"validation_{name}")
-        matched, self.files["validation"] = self.files["validation"], None
-        try:
-            self.files["validation"] = str(Path(str(matched)).with_name(f"dev_{name}.tsv"))
-            return self.read_split("validation")
-        finally:
-            self.files["validation"] = matched
 
     def _header(self, file: str) -> tuple[str, ...] | None:
         """CoLA's files have a line of names in the test set only."""

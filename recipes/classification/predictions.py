@@ -8,17 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch import Trainer
 
 from lightning_lora.recipes.classification.problems import MULTI_LABEL, REGRESSION, SINGLE_LABEL
-from lightning_lora.recipes.predictions import check_suffix, gather_rows, replacing_file
+from lightning_lora.recipes.predictions import PredictionFileWriter, gather_rows, replacing_file
 
 SUFFIXES = (".csv", ".jsonl", ".tsv")
 _LIKELY = 0.5
 
 
-class ClassPredictionWriter(BasePredictionWriter):
+class ClassPredictionWriter(PredictionFileWriter):
     """Writes texts, predicted labels and the probability of each class when prediction ends.
 
     Args:
@@ -29,19 +28,11 @@ class ClassPredictionWriter(BasePredictionWriter):
         ConfigError: If the suffix is another.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        super().__init__(write_interval="epoch")
-        self.path = check_suffix(path, SUFFIXES)
+    suffixes = SUFFIXES
 
-    def write_on_epoch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        predictions: Sequence[Any],
-        batch_indices: Sequence[Any],
-    ) -> None:
+    def write(self, trainer: Trainer, module: Any, predictions: Sequence[Any]) -> None:
         """Bring the ranks' predictions together and write them on the first."""
-        problem = getattr(pl_module, "problem_type", SINGLE_LABEL)
+        problem = getattr(module, "problem_type", SINGLE_LABEL)
         name = "values" if problem == REGRESSION else "probabilities"
         own = {
             row: values
@@ -54,7 +45,7 @@ class ClassPredictionWriter(BasePredictionWriter):
             datamodule: Any = getattr(trainer, "datamodule", None)
             if hasattr(datamodule, "prediction_columns"):
                 columns = datamodule.prediction_columns()
-            class_names = getattr(pl_module, "class_names", None) or []
+            class_names = getattr(module, "class_names", None) or []
             write_predictions(self.path, columns, predicted, class_names, problem)
 
 

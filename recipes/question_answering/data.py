@@ -257,12 +257,12 @@ class QuestionAnsweringDataModule(RecipeDataModule):
             f"{len(questions.misplaced) - moved} are not trained on."
         )
 
-    def _divide_training_rows(self) -> None:
-        """Hold out contexts: questions about one text give each other's answers away."""
-        table = self._read("train")
+    def divide_rows(self, table: Table) -> tuple[list[int], list[int]]:
+        """Hold out contexts: questions about one text give each other's answers away.
+
+        Raises:
+            DataError: If one part would be empty.
+        """
         numbers: dict[str, int] = {}
         groups = [numbers.setdefault(text, len(numbers)) for text in table.columns["context"]]
-        train, held_out = map(set, self.divide(len(numbers), f"{table.source} (contexts)"))
-        for split, chosen in (("train", train), ("validation", held_out)):
-            rows = [row for row, group in enumerate(groups) if group in chosen]
-            self._tables[split] = table.select(rows)
+        return self.divide_groups(groups, f"{table.source} (contexts)")

@@ -74,7 +74,7 @@ class QuestionAnswerer(RecipeModule):
     @property
     def allows_no_answer(self) -> bool:
         """Whether questions may have no answer: what the data say, else what was trained on."""
-        stated = getattr(self._datamodule, "allows_no_answer", None)
+        stated = getattr(self.datamodule, "allows_no_answer", None)
         return self._trained_for_no_answer if stated is None else stated
 
     def build_model(self) -> Any:
@@ -168,17 +168,13 @@ class QuestionAnswerer(RecipeModule):
         Raises:
             ConfigError: If the Trainer has no data module that knows them.
         """
-        if not hasattr(self._datamodule, "questions"):
+        if not hasattr(self.datamodule, "questions"):
             raise ConfigError(
                 "Answers are cut from the contexts of the data module: give the Trainer a "
                 "QuestionAnsweringDataModule."
             )
-        questions: Questions = self._datamodule.questions(split)
+        questions: Questions = self.datamodule.questions(split)
         return questions
-
-    @property
-    def _datamodule(self) -> Any:
-        return getattr(self._trainer, "datamodule", None)
 
     def _keep(self, threshold: float, no_answer: bool) -> None:
         self.threshold, self._trained_for_no_answer = threshold, no_answer

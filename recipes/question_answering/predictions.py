@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch import Trainer
 
-from lightning_lora.recipes.predictions import check_suffix, replacing_file
+from lightning_lora.recipes.predictions import PredictionFileWriter, replacing_file
 from lightning_lora.recipes.question_answering.decoding import Prediction, decode, gather_records
 from lightning_lora.recipes.question_answering.questions import Questions
 
 SUFFIXES = (".json", ".jsonl")
 
 
-class AnswerWriter(BasePredictionWriter):
+class AnswerWriter(PredictionFileWriter):
     """Writes the answers when prediction ends, every question once, from all ranks.
 
     Args:
@@ -31,21 +30,12 @@ class AnswerWriter(BasePredictionWriter):
         ConfigError: If the suffix is another.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        super().__init__(write_interval="epoch")
-        self.path = check_suffix(path, SUFFIXES)
+    suffixes = SUFFIXES
 
-    def write_on_epoch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        predictions: Sequence[Any],
-        batch_indices: Sequence[Any],
-    ) -> None:
+    def write(self, trainer: Trainer, module: Any, predictions: Sequence[Any]) -> None:
         """Bring the ranks' windows together and write their answers on the first."""
         records = gather_records(predictions, trainer.world_size)
         if trainer.is_global_zero:
-            module: Any = pl_module
             questions = module.questions("predict")
             decoded = decode(records, questions.contexts, module.hparams["n_best"])
             threshold = module.threshold if module.allows_no_answer else None

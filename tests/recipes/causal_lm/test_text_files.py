@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from lightning_lora.errors import DataError
+from lightning_lora.recipes import files
 from lightning_lora.recipes.causal_lm import text_files
 from lightning_lora.recipes.causal_lm.text_files import read_text_file
 
@@ -23,7 +24,7 @@ def test_pieces_are_the_whole_file_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool
 ) -> None:
     if large:
-        monkeypatch.setattr(text_files, "LARGE_FILE", 1)
+        monkeypatch.setattr(files, "LARGE_FILE", 1)
     text = _play(tmp_path / "play.txt")
     table = read_text_file(str(tmp_path / "play.txt"), cache_dir=str(tmp_path / "cache"))
     pieces = list(table.columns["text"])

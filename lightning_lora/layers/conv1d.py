@@ -38,6 +38,5 @@ class LoRAConv1D(LoRALayer, Conv1D):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
-        lora = self.lora
-        dropout = lora.dropout if self.training else 0.0
-        return lora_linear(x, self.weight.t(), self.bias, lora.A, lora.B, lora.scaling, dropout)
+        out: Tensor = self.lora(lora_linear, x, self.weight.t(), self.bias)
+        return out

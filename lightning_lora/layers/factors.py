@@ -84,6 +84,14 @@ class LoRAFactors(nn.Module):
             self.A.copy_(A)
             self.B.zero_()
 
+    def forward(self, update: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """Run ``update(*inputs, A, B, scaling, dropout)``; dropout is 0 in evaluation.
+
+        A module call, so that a sharded unit of the factors alone can gather them around it.
+        """
+        dropout = self.dropout if self.training else 0.0
+        return update(*inputs, self.A, self.B, self.scaling, dropout)
+
     def extra_repr(self) -> str:
         """Rank, alpha and dropout, for `print`."""
         return f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}"

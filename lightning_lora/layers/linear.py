@@ -36,6 +36,5 @@ class LoRALinear(LoRALayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(..., in_features)`` to ``(..., out_features)``."""
-        lora = self.lora
-        dropout = lora.dropout if self.training else 0.0
-        return lora_linear(input, self.weight, self.bias, lora.A, lora.B, lora.scaling, dropout)
+        out: Tensor = self.lora(lora_linear, input, self.weight, self.bias)
+        return out

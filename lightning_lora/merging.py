@@ -10,6 +10,7 @@ from lightning_lora.injection import Injection, require_injection, restore_class
 from lightning_lora.layers import LoRALayer
 from lightning_lora.names import modules_by_name
 from lightning_lora.plan import Target
+from lightning_lora.sharded import is_sharded, local, part_of, reshard, whole, whole_factors
 
 
 @torch.no_grad()
@@ -18,19 +19,23 @@ def merge_lora(model: nn.Module) -> None:
 
     The exact base weights are kept (on the CPU for weights on an accelerator), so `unmerge_lora`
     gives them back bit for bit. The factors stay in the model but leave its state dict, so that
-    ``save_pretrained`` writes a plain model. Merging a merged model does nothing. A weight that
+    ``save_pretrained`` writes a plain model. A sharded model is merged on its shards, by all ranks
+    together; a rank holds one layer's update whole. Merging a merged model does nothing. A weight that
     another module shares (a tied head) is untied first, so that only the adapted layer changes.
 
     Args:
         model: The module that LoRA was injected into.
 
     Raises:
-        ConfigError: The model has no LoRA, or a factor is not finite.
+        ConfigError: The model has no LoRA, a factor is not finite, or a sharded weight is tied to
+            another module's.
     """
     record = require_injection(model)
     if record.merged:
         return
+    reshard(model)
     _refuse_non_finite(model, record)
+    refuse_sharded_ties(model)
     modules = modules_by_name(model)
     shared = _shared_parameters(model, record)
     for target in record.plan.targets:
@@ -62,14 +67,18 @@ def unmerge_lora(model: nn.Module) -> None:
     record = require_injection(model)
     if not record.merged:
         return
+    reshard(model)
     modules = modules_by_name(model)
     for target in record.plan.targets:
         module = modules[target.name]
         parameter, before = record.base_weights[target.tied_to or target.name]
         merged = module._parameters["weight"]
         assert merged is not None
-        parameter.data = before.to(device=merged.device, dtype=merged.dtype)
-        module._parameters["weight"] = parameter
+        if is_sharded(merged):
+            local(merged).copy_(before)
+        else:
+            parameter.data = before.to(device=merged.device, dtype=merged.dtype)
+            module._parameters["weight"] = parameter
         module.lora.hidden = False  # type: ignore[union-attr]
         swap_class(module)
     record.base_weights.clear()
@@ -79,12 +88,17 @@ def unmerge_lora(model: nn.Module) -> None:
 def _merge_layer(module: LoRALayer, target: Target, record: Injection, shared: bool) -> None:
     parameter = module._parameters["weight"]
     assert parameter is not None
-    before = parameter.detach()
-    delta = module.delta_weight()
+    before = local(parameter.detach())
+    with whole_factors(module.lora):
+        delta = part_of(module.delta_weight(), parameter)
     # Summed in the wider dtype and rounded once; the old tensor is left as it is and becomes the
     # snapshot.
-    after = (before.to(delta.dtype) + delta).to(before.dtype)
-    if shared:
+    after = (before.to(delta.dtype) + delta.to(before.device)).to(before.dtype)
+    if is_sharded(parameter):
+        # The shard's memory belongs to a larger buffer, which has to change with it.
+        before = before.to("cpu", copy=True)
+        local(parameter.detach()).copy_(after)
+    elif shared:
         module._parameters["weight"] = nn.Parameter(after, requires_grad=parameter.requires_grad)
     else:
         parameter.data = after
@@ -109,6 +123,27 @@ def _shared_parameters(model: nn.Module, record: Injection) -> set[int]:
     }
 
 
+def refuse_sharded_ties(model: nn.Module) -> None:
+    """A tied weight cannot be untied once it is a shard.
+
+    Raises:
+        ConfigError: Names the layer, and what to do.
+    """
+    record = require_injection(model)
+    modules = modules_by_name(model)
+    shared = _shared_parameters(model, record)
+    for target in record.plan.targets:
+        weight = modules[target.name].weight
+        assert isinstance(weight, Tensor)
+        if is_sharded(weight) and id(weight) in shared:
+            raise ConfigError(
+                f"{target.name!r} shares its weight with a module that is not adapted (a tied "
+                "head), and a sharded weight cannot be untied for a merge. Leave it out of "
+                "target_modules, untie the weights before the fit, or set merge_on_fit_end=False "
+                "and merge the checkpoint in one process."
+            )
+
+
 def _refuse_non_finite(model: nn.Module, record: Injection) -> None:
     modules = modules_by_name(model)
     for target in record.plan.targets:
@@ -116,7 +151,8 @@ def _refuse_non_finite(model: nn.Module, record: Injection) -> None:
         for factor in ("A", "B"):
             value = getattr(lora, factor)
             assert isinstance(value, Tensor)
-            if not bool(torch.isfinite(value).all()):
+            # The whole of it: every rank has to come to the same conclusion.
+            if not bool(torch.isfinite(whole(value)).all()):
                 raise ConfigError(
                     f"Not merged: {target.name}.lora.{factor} holds NaN or infinity, so training "
                     "diverged. Nothing was changed. Resume from an earlier checkpoint with a "

@@ -45,9 +45,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     totals = sum_over_shards(torch.tensor(signed, dtype=torch.int64).reshape(-1, 2), kept).tolist()
     digest = hashlib.blake2b(digest_size=16)
     for tensor, (plain, weighted) in zip(kept, totals, strict=True):
-        digest.update(
-            f"{tuple(tensor.shape)}:{plain % _MODULUS}:{weighted % _MODULUS};".encode()
-        )
+        digest.update(f"{tuple(tensor.shape)}:{plain % _MODULUS}:{weighted % _MODULUS};".encode())
     return digest.hexdigest()
 
 
@@ -89,7 +87,9 @@ def _flat_part(tensor: Tensor) -> tuple[Tensor, int]:
     if not is_sharded(tensor):
         return tensor, 0
     rows, *others = extent(tensor)
-    if any(stop - start != size for (start, stop), size in zip(others, tensor.shape[1:], strict=True)):
+    if any(
+        stop - start != size for (start, stop), size in zip(others, tensor.shape[1:], strict=True)
+    ):
         return whole(tensor), 0  # its part is not one piece of the flattened whole
     return tensor, rows[0] * tensor.shape[1:].numel()
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.injection import Injection, require_injection, restore_class, swap_class
 from lightning_lora.layers import LoRALayer
-from lightning_lora.names import modules_by_name
+from lightning_lora.names import modules_by_name, unwrap
 from lightning_lora.plan import Target
 from lightning_lora.sharded import is_sharded, local, part_of, reshard, whole, whole_factors
 
@@ -19,9 +21,10 @@ def merge_lora(model: nn.Module) -> None:
 
     The exact base weights are kept (on the CPU for weights on an accelerator), so `unmerge_lora`
     gives them back bit for bit. The factors stay in the model but leave its state dict, so that
-    ``save_pretrained`` writes a plain model. A sharded model is merged on its shards, by all ranks
-    together; a rank holds one layer's update whole. Merging a merged model does nothing. A weight that
-    another module shares (a tied head) is untied first, so that only the adapted layer changes.
+    ``save_pretrained`` writes a plain model. Merging a merged model does nothing. A weight that
+    another module shares (a tied head) is untied first, so that only the adapted layer changes. A
+    sharded model is merged on its shards, by all ranks together; a rank holds the update of one
+    layer whole.
 
     Args:
         model: The module that LoRA was injected into.
@@ -35,8 +38,9 @@ def merge_lora(model: nn.Module) -> None:
         return
     reshard(model)
     _refuse_non_finite(model, record)
-    refuse_sharded_ties(model)
     modules = modules_by_name(model)
+    if any(is_sharded(modules[t.name].weight) for t in record.plan.targets):  # type: ignore[arg-type]
+        refuse_ties(model)
     shared = _shared_parameters(model, record)
     for target in record.plan.targets:
         module = modules[target.name]
@@ -48,7 +52,7 @@ def merge_lora(model: nn.Module) -> None:
         module = modules[target.name]
         if target.tied_to is not None:
             module._parameters["weight"] = modules[target.tied_to]._parameters["weight"]
-        module.lora.hidden = True  # type: ignore[union-attr]
+        unwrap(module.lora).hidden = True  # type: ignore[assignment, arg-type]
         restore_class(module)
     record.merged = True
 
@@ -79,7 +83,7 @@ def unmerge_lora(model: nn.Module) -> None:
         else:
             parameter.data = before.to(device=merged.device, dtype=merged.dtype)
             module._parameters["weight"] = parameter
-        module.lora.hidden = False  # type: ignore[union-attr]
+        unwrap(module.lora).hidden = False  # type: ignore[assignment, arg-type]
         swap_class(module)
     record.base_weights.clear()
     record.merged = False
@@ -123,19 +127,17 @@ def _shared_parameters(model: nn.Module, record: Injection) -> set[int]:
     }
 
 
-def refuse_sharded_ties(model: nn.Module) -> None:
+def refuse_ties(model: nn.Module) -> None:
     """A tied weight cannot be untied once it is a shard.
 
     Raises:
-        ConfigError: Names the layer, and what to do.
+        ConfigError: Names the adapted layer that shares its weight, and says what to do.
     """
     record = require_injection(model)
     modules = modules_by_name(model)
     shared = _shared_parameters(model, record)
     for target in record.plan.targets:
-        weight = modules[target.name].weight
-        assert isinstance(weight, Tensor)
-        if is_sharded(weight) and id(weight) in shared:
+        if id(modules[target.name].weight) in shared:
             raise ConfigError(
                 f"{target.name!r} shares its weight with a module that is not adapted (a tied "
                 "head), and a sharded weight cannot be untied for a merge. Leave it out of "
@@ -146,13 +148,30 @@ def refuse_sharded_ties(model: nn.Module) -> None:
 
 def _refuse_non_finite(model: nn.Module, record: Injection) -> None:
     modules = modules_by_name(model)
+    factors = {}
     for target in record.plan.targets:
         lora = modules[target.name].lora
         for factor in ("A", "B"):
             value = getattr(lora, factor)
             assert isinstance(value, Tensor)
             # The whole of it: every rank has to come to the same conclusion.
-            if not bool(torch.isfinite(whole(value)).all()):
+            factors[f"{target.name}.lora.{factor}"] = whole(value)
+    factors_are_finite(record, factors)
+
+
+def factors_are_finite(record: Injection, factors: Mapping[str, Tensor]) -> None:
+    """Refuse to merge what would destroy the base.
+
+    Args:
+        record: What was injected.
+        factors: The factors by name.
+
+    Raises:
+        ConfigError: A factor holds NaN or infinity.
+    """
+    for target in record.plan.targets:
+        for factor in ("A", "B") if target.tied_to is None else ():
+            if not bool(torch.isfinite(factors[f"{target.name}.lora.{factor}"]).all()):
                 raise ConfigError(
                     f"Not merged: {target.name}.lora.{factor} holds NaN or infinity, so training "
                     "diverged. Nothing was changed. Resume from an earlier checkpoint with a "

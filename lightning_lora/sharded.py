@@ -22,7 +22,8 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """The part that lives in this process; it shares memory with the tensor."""
-    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    sharded: Any = tensor
+    part: Tensor = sharded.to_local() if is_sharded(tensor) else tensor
     return part
 
 
@@ -124,14 +125,16 @@ def has_other_layout(tensor: Tensor) -> bool:
     if not is_sharded(tensor):
         return False
     *copies, split = tensor.placements  # type: ignore[attr-defined]
-    return len(copies) > 1 or not split.is_shard(0) or any(not each.is_replicate() for each in copies)
+    return (
+        len(copies) > 1 or not split.is_shard(0) or any(not each.is_replicate() for each in copies)
+    )
 
 
 def reshard(model: nn.Module) -> None:
     """Put the shards back in the place of parameters that a forward pass has gathered."""
     for module in model.modules():
         if hasattr(module, "reshard") and hasattr(module, "unshard"):
-            module.reshard()
+            module.reshard()  # type: ignore[operator]
 
 
 def sum_over_shards(sums: Tensor, tensors: list[Tensor]) -> Tensor:

@@ -126,7 +126,7 @@ def base_fingerprint(model: nn.Module) -> str:
     """
     record = require_injection(model)
     if record.fingerprint is None:
-        record.fingerprint = fingerprint(_frozen(model, record))
+        record.fingerprint = fingerprint(frozen_parameters(model))
     return record.fingerprint
 
 
@@ -225,8 +225,9 @@ def _trained(model: nn.Module, record: Injection) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in cleaned if name in names}
 
 
-def _frozen(model: nn.Module, record: Injection) -> Iterator[Tensor]:
+def frozen_parameters(model: nn.Module) -> Iterator[Tensor]:
     """The frozen base in the order of the model, as it is without a merge."""
+    record = require_injection(model)
     trained = {id(parameter) for parameter in _trained(model, record).values()}
     modules = modules_by_name(model)
     # While merged, the weight of a layer may be a parameter of its own, untied from the original.

@@ -41,6 +41,7 @@ from lightning_lora.state import (
     audit_state,
     base_fingerprint,
     checkpoint_metadata,
+    frozen_parameters,
 )
 from lightning_lora.strategies import Replicated, sharding_of
 
@@ -220,7 +221,8 @@ class LoRACallback(Callback):
             assert self._trainer is not None
             self.plan = inject_lora(model, self.config, seed=self._seed(self._trainer.strategy))
             # Now, while the base is in its own precision and nothing has been trained.
-            base_fingerprint(model)
+            if not any(parameter.is_meta for parameter in frozen_parameters(model)):
+                base_fingerprint(model)
             if self.frozen_dtype is not None:
                 cast_frozen(model, self.frozen_dtype)
             if self.verbose and self._trainer.is_global_zero:
@@ -289,6 +291,7 @@ class LoRACallback(Callback):
         if self.merge_on_fit_end:
             self._sharding.check_merge(model)
         self._sharding.setup(original, trainer, model)
+        base_fingerprint(model)
 
     def _load_checkpoint(
         self, strategy: Strategy, original: Any, checkpoint_path: Any, **kwargs: Any

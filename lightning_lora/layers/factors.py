@@ -72,17 +72,26 @@ class LoRAFactors(nn.Module):
         """
         if self.A.is_meta:
             return
+        with torch.no_grad():
+            self.A.copy_(self.initial_value("A", self.A.shape))
+            self.B.zero_()
+
+    def initial_value(self, factor: str, shape: Sequence[int]) -> Tensor:
+        """The whole of a factor as it starts, on the CPU.
+
+        Args:
+            factor: ``"A"`` or ``"B"``.
+            shape: Its shape, also where the parameter is a shard or on the meta device.
+        """
+        # On the CPU even inside `with torch.device(...)`: the draw must not depend on the device.
+        value = torch.zeros(*shape, dtype=getattr(self, factor).dtype, device="cpu")
+        if factor == "B":
+            return value
         digest = hashlib.blake2b(f"{self.seed}:{self.name}".encode(), digest_size=7).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big"))
-        # On the CPU even inside `with torch.device(...)`: the draw must not depend on the device.
-        A = torch.empty(self.A.shape, dtype=self.A.dtype, device="cpu")
         if self.init == "gaussian":
-            A.normal_(std=1 / self.r, generator=generator)
-        else:
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
-        with torch.no_grad():
-            self.A.copy_(A)
-            self.B.zero_()
+            return value.normal_(std=1 / self.r, generator=generator)
+        return nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
 
     def forward(self, update: Callable[..., Tensor], *inputs: Any) -> Tensor:
         """Run ``update(*inputs, A, B, scaling, dropout)``; dropout is 0 in evaluation.

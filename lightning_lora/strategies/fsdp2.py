@@ -31,6 +31,7 @@ from typing_extensions import override
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.layers import LoRAFactors
+from lightning_lora.pretrained import fill_parameters
 from lightning_lora.strategies.activations import checkpoint_activations
 from lightning_lora.strategies.wrapping import Policy, find_units
 
@@ -129,6 +130,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             )
         if not any(isinstance(module, FSDPModule) for module in self.model.modules()):
             self._shard(self.model)
+        fill_parameters(self.model, self._parameter_device)
         if _has_meta_device_parameters_or_buffers(self.model):
             _materialize_distributed_module(self.model, self.root_device)
         self.model_to_device()
@@ -174,6 +176,10 @@ class FSDP2Strategy(ModelParallelStrategy):
     ) -> Any:
         with context:
             return self.through_root(method, *args, **kwargs)
+
+    @property
+    def _parameter_device(self) -> torch.device:
+        return torch.device("cpu") if self.cpu_offload else self.root_device
 
     @override
     def model_to_device(self) -> None:

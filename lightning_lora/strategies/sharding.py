@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.merging import merge_lora, refuse_ties, unmerge_lora
+from lightning_lora.pretrained import fill_parameters
 from lightning_lora.sharded import all_wholes, is_sharded, local, part_of, whole
 from lightning_lora.state import (
     adapter_state_dict,
@@ -38,6 +39,7 @@ class Replicated:
         self, original: Callable[[Trainer], None], trainer: Trainer, model: nn.Module
     ) -> None:
         """Set the strategy up around an injected model."""
+        fill_parameters(model, torch.device("cpu"))
         original(trainer)
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:

@@ -14,8 +14,6 @@ from lightning_lora.injection import require_injection
 from lightning_lora.matching import key_matches, suffix_matches
 from lightning_lora.names import modules_by_name
 from lightning_lora.plan import Target
-from lightning_lora.sharded import whole
-from lightning_lora.state import adapter_state_dict
 
 _PREFIX = "base_model.model."
 # Settings of PEFT that change the mathematics and have no counterpart here.
@@ -37,13 +35,16 @@ _TASK_TYPES = {
 }
 
 
-def to_peft_tensors(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+def to_peft_tensors(
+    model: nn.Module, prefix: str, state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """The adapter's state under PEFT's names, contiguous and on the CPU.
 
     Args:
         model: The module that LoRA was injected into.
         prefix: Path of the part that PEFT will know as the model, with a trailing dot
             (``"model."``).
+        state: The adapter's state in whole tensors.
 
     Raises:
         CheckpointError: Part of the state lies outside that part, or is nothing that PEFT stores.
@@ -57,7 +58,7 @@ def to_peft_tensors(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
             "out with exclude_modules."
         )
     tensors = {}
-    for name, tensor in adapter_state_dict(model).items():
+    for name, tensor in state.items():
         if not name.startswith(prefix):
             raise CheckpointError(
                 f"{name} is trained but lies outside {prefix.rstrip('.')!r}, which is exported."
@@ -69,7 +70,7 @@ def to_peft_tensors(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
             key = f"{owner}.base_layer.{leaf}"
         else:
             key = name
-        tensors[_PREFIX + key.removeprefix(prefix)] = whole(tensor).cpu().contiguous()
+        tensors[_PREFIX + key.removeprefix(prefix)] = tensor.cpu().contiguous()
     return tensors
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.models import hugging_face
 from tests.strategies.scenarios import SAVE_AT, STEPS, Scenario, asked
@@ -151,7 +152,9 @@ def test_same_numbers(results: Path, base: str, other: str) -> None:
         assert found["test_of_checkpoint"] == pytest.approx(
             expected["test_of_checkpoint"], abs=tolerance
         )
-        assert abs(found["test_of_checkpoint"] - found["test"]) > tolerance
+        # With accumulation the checkpoint is that of the last step.
+        moved = abs(found["test_of_checkpoint"] - found["test"])
+        assert (moved > tolerance) == (base != "clipped")
     if base in ROUGHLY or base == "adamw":
         return
     before = torch.load(results / base / "merged.pt", weights_only=True)
@@ -190,11 +193,12 @@ def test_directories_hold_the_adapter_alone(results: Path) -> None:
     folder = results / "directory" / CKPT
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["meta.pt", "part-00000.safetensors", "part-00001.safetensors"]
-    parts = sum(path.stat().st_size for path in folder.glob("part-*"))
+    parts = [load_file(path) for path in sorted(folder.glob("part-*"))]
     one = torch.load(results / "one" / CKPT, weights_only=True)
     state = sum(t.nbytes for t in one["state_dict"].values())
-    # The trained parameters and a momentum of the same size, and the headers.
-    assert 2 * state <= parts <= 2 * state + 8192
+    sizes = [sum(t.nbytes for t in part.values()) for part in parts]
+    # The trained parameters and a momentum of the same size, about half in each.
+    assert sum(sizes) == 2 * state and min(sizes) > 0.8 * state
 
 
 def test_the_sharded_base_has_the_fingerprint_of_the_whole(results: Path) -> None:

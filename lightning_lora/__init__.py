@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_lora.loading import load_lightning_module
     from lightning_lora.merging import merge_lora, unmerge_lora
     from lightning_lora.plan import Plan
+    from lightning_lora.pretrained import pretrained_on_meta
     from lightning_lora.removal import remove_lora
     from lightning_lora.state import adapter_state_dict, load_adapter_state_dict
     from lightning_lora.strategies import FSDP2Strategy
@@ -34,6 +35,7 @@ __all__ = [
     "load_adapter_state_dict",
     "load_lightning_module",
     "merge_lora",
+    "pretrained_on_meta",
     "register_layer",
     "remove_lora",
     "save_adapter",
@@ -54,6 +56,7 @@ _HOMES = {
     "load_adapter_state_dict": "lightning_lora.state",
     "load_lightning_module": "lightning_lora.loading",
     "merge_lora": "lightning_lora.merging",
+    "pretrained_on_meta": "lightning_lora.pretrained",
     "register_layer": "lightning_lora.layers",
     "remove_lora": "lightning_lora.removal",
     "save_adapter": "lightning_lora.interop",

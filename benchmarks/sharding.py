@@ -66,17 +66,18 @@ class Blocks(LightningModule):
 
 
 class Llama(LightningModule):
-    def __init__(self, folder: str, way: str) -> None:
+    def __init__(self, folder: str, way: str, dtype: str) -> None:
         super().__init__()
-        self.folder, self.way = folder, way
+        self.folder, self.way, self.wanted = folder, way, getattr(torch, dtype)
 
     def configure_model(self) -> None:
         from transformers import AutoModelForCausalLM
 
         if self.way == "own part":
-            self.net = pretrained_on_meta(AutoModelForCausalLM, self.folder)
+            self.net = pretrained_on_meta(AutoModelForCausalLM, self.folder, dtype=self.wanted)
         else:
-            self.net = AutoModelForCausalLM.from_pretrained(self.folder).train()
+            model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=self.wanted)
+            self.net = model.train()
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss: Tensor = self.net(input_ids=batch, labels=batch).loss
@@ -150,7 +151,7 @@ def load(arguments: argparse.Namespace, way: str) -> dict[str, Any]:
         def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
             done.set()
 
-    model = Llama(arguments.folder, way)
+    model = Llama(arguments.folder, way, arguments.dtype)
     trainer = trainer_for([Stop(r=8, verbose=False, merge_on_fit_end=False)])
     before = memory()
     watcher = threading.Thread(target=sample)
@@ -226,6 +227,7 @@ def main() -> None:
     )
     options.add_argument("what", choices=list(WAYS))
     options.add_argument("--layers", type=int, default=16, help="of the Llama")
+    options.add_argument("--dtype", default="bfloat16", help="what the Llama is loaded in")
     options.add_argument("--folder", help="where the Llama is, or is written")
     options.add_argument("--frozen", type=int, default=1024, help=argparse.SUPPRESS)
     options.add_argument("--way", help=argparse.SUPPRESS)
@@ -242,7 +244,9 @@ def main() -> None:
         sizes = [1024, 11500] if arguments.what == "save" else [None]
         for size in sizes:
             for way in WAYS[arguments.what]:
-                settings = {"frozen": size} if size else {"folder": folder}
+                settings = (
+                    {"frozen": size} if size else {"folder": folder, "dtype": arguments.dtype}
+                )
                 rows.append({"way": way, **run(arguments.what, way, **settings)})
                 print(rows[-1], flush=True)
     print("\n| " + " | ".join(rows[0]) + " |\n" + "| --- " * len(rows[0]) + "|")

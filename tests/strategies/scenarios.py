@@ -1,7 +1,7 @@
 """Fits under many strategies in one set of processes: `python -m tests.strategies.scenarios JSON`.
 
-The JSON lists scenarios; each writes ``result.json``, ``merged.pt`` and its checkpoints into a
-folder of its own.
+The JSON holds a folder, the number of processes, scenarios, and perhaps an accelerator. Each
+scenario writes ``result.json``, ``merged.pt`` and its checkpoints into a folder of its own.
 """
 
 from __future__ import annotations
@@ -135,15 +135,15 @@ class ShardedByTheUser(Model):
         fully_shard(self.net, mesh=mesh)
 
 
-def strategy_of(scenario: Scenario) -> Any:
+def strategy_of(scenario: Scenario, accelerator: str) -> Any:
     if scenario.strategy == "fsdp2" and scenario.options:
         return FSDP2Strategy(**scenario.options)
-    if scenario.strategy == "fsdp":
+    if scenario.strategy == "fsdp" and accelerator == "cpu":
         return CPUFSDPStrategy(**scenario.options)
     return scenario.strategy
 
 
-def fit(scenario: Scenario, root: Path, devices: int) -> dict[str, Any]:
+def fit(scenario: Scenario, root: Path, devices: int, accelerator: str) -> dict[str, Any]:
     folder = root / scenario.name
     if scenario.seed is not None:
         seed_everything(scenario.seed, verbose=False)
@@ -152,9 +152,9 @@ def fit(scenario: Scenario, root: Path, devices: int) -> dict[str, Any]:
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=SAVE_AT, save_top_k=-1)
     lora = LoRACallback(**{"r": 4, "alpha": 12, "verbose": False, **scenario.lora})
     trainer = Trainer(
-        accelerator="cpu",
+        accelerator=accelerator,
         devices=devices,
-        strategy=strategy_of(scenario),
+        strategy=strategy_of(scenario, accelerator),
         callbacks=[lora, saver],
         logger=False,
         enable_progress_bar=False,
@@ -183,14 +183,14 @@ def fit(scenario: Scenario, root: Path, devices: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    root, devices, listed = json.loads(sys.argv[1])
+    root, devices, listed, *accelerator = json.loads(sys.argv[1])
     torch.set_num_threads(1)
     for values in listed:
         scenario = Scenario(**values)
         folder = Path(root) / scenario.name
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            result = fit(scenario, Path(root), devices)
+            result = fit(scenario, Path(root), devices, *(accelerator or ["cpu"]))
         except BaseException:
             (folder / "error.txt").write_text(traceback.format_exc())
             raise

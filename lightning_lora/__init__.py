@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_lora.callback import LoRACallback
     from lightning_lora.config import LoRAConfig
+    from lightning_lora.fused import register_fused
     from lightning_lora.injection import inject_lora
     from lightning_lora.interop import load_adapter, save_adapter, swap_adapter
     from lightning_lora.layers import LoRALayer, register_layer
@@ -32,6 +33,7 @@ __all__ = [
     "load_adapter_state_dict",
     "load_lightning_module",
     "merge_lora",
+    "register_fused",
     "register_layer",
     "remove_lora",
     "save_adapter",
@@ -51,6 +53,7 @@ _HOMES = {
     "load_adapter_state_dict": "lightning_lora.state",
     "load_lightning_module": "lightning_lora.loading",
     "merge_lora": "lightning_lora.merging",
+    "register_fused": "lightning_lora.fused",
     "register_layer": "lightning_lora.layers",
     "remove_lora": "lightning_lora.removal",
     "save_adapter": "lightning_lora.interop",

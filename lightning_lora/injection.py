@@ -186,6 +186,7 @@ def _build_factors(
             seed=seed,
             device=weight.device,
             dtype=weight.dtype,
+            slices=target.slices,
         ).train(module.training)
     return factors
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -48,7 +50,7 @@ def to_peft_tensors(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
         CheckpointError: Part of the state lies outside that part, or is nothing that PEFT stores.
     """
     plan = require_injection(model).plan
-    adapted = {target.name for target in plan.targets}
+    adapted = {target.name: target for target in plan.targets}
     tied = [target.name for target in plan.targets if target.tied_to is not None]
     if tied:
         raise CheckpointError(
@@ -63,7 +65,11 @@ def to_peft_tensors(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
             )
         owner, _, leaf = name.rpartition(".")
         if owner.endswith(".lora") and owner.removesuffix(".lora") in adapted:
-            key = f"{owner.removesuffix('.lora')}.lora_{leaf}.weight"
+            layer = owner.removesuffix(".lora")
+            slices = adapted[layer].slices
+            if slices is not None and leaf == "B":
+                tensor = slices.spread(tensor)
+            key = f"{layer}.lora_{leaf}.weight"
         elif owner in adapted:
             key = f"{owner}.base_layer.{leaf}"
         else:
@@ -88,6 +94,9 @@ def to_peft_config(model: nn.Module, prefix: str = "") -> dict[str, Any]:
         # To PEFT a key is a regex for the end of a name; the ^ makes it the whole name.
         return "^" + re.escape(target.name.removeprefix(prefix))
 
+    ranks, alphas = _whole_ranks(plan.targets), _whole_alphas(plan.targets, config.use_rslora)
+    r, alpha = _default(ranks, config.r), _default(alphas, config.alpha)
+
     return {
         "peft_type": "LORA",
         "task_type": next(
@@ -96,12 +105,14 @@ def to_peft_config(model: nn.Module, prefix: str = "") -> dict[str, Any]:
         "base_model_name_or_path": getattr(getattr(part, "config", None), "_name_or_path", None)
         or None,
         "inference_mode": True,
-        "r": config.r,
-        "lora_alpha": config.alpha,
+        "r": r,
+        "lora_alpha": alpha,
         "lora_dropout": config.dropout,
         "target_modules": _short_names(part, names),
-        "rank_pattern": {key(t): t.r for t in plan.targets if t.r != config.r},
-        "alpha_pattern": {key(t): t.alpha for t in plan.targets if t.alpha != config.alpha},
+        "rank_pattern": {key(t): n for t, n in zip(plan.targets, ranks, strict=True) if n != r},
+        "alpha_pattern": {
+            key(t): value for t, value in zip(plan.targets, alphas, strict=True) if value != alpha
+        },
         "bias": config.bias,
         "use_rslora": config.use_rslora,
         "use_dora": False,
@@ -109,6 +120,25 @@ def to_peft_config(model: nn.Module, prefix: str = "") -> dict[str, Any]:
         "fan_in_fan_out": any(target.kind == "Conv1D" for target in plan.targets),
         "init_lora_weights": True,
     }
+
+
+def _whole_ranks(targets: Sequence[Target]) -> list[int]:
+    """Ranks of the updates of whole layers; k parts of rank r make one of rank k * r."""
+    return [t.r * (len(t.slices.adapted) if t.slices else 1) for t in targets]
+
+
+def _whole_alphas(targets: Sequence[Target], use_rslora: bool) -> list[float]:
+    """The alphas that give the same scaling with the ranks of whole layers."""
+    alphas = []
+    for target in targets:
+        k = len(target.slices.adapted) if target.slices else 1
+        alphas.append(target.alpha * (math.sqrt(k) if use_rslora else k))
+    return alphas
+
+
+def _default(values: Sequence[Any], wanted: Any) -> Any:
+    """The value of the settings if a layer has it, else the most frequent one."""
+    return wanted if wanted in values else Counter(values).most_common(1)[0][0]
 
 
 def from_peft_config(

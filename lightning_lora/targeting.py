@@ -10,12 +10,12 @@ from torch.nn.parameter import is_lazy
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import TargetError
+from lightning_lora.fused import fused_projections, query_and_value
 from lightning_lora.heads import output_heads
 from lightning_lora.layers import LoRAFactors, LoRALayer, adapted_class, supported_layers
 from lightning_lora.matching import (
     in_attention,
     inside,
-    is_fused,
     is_query_or_value,
     key_matches,
     pattern_matches,
@@ -24,6 +24,7 @@ from lightning_lora.matching import (
 )
 from lightning_lora.names import clean_name, modules_by_name
 from lightning_lora.plan import Plan, Target
+from lightning_lora.slices import Slices
 from lightning_lora.trained import saved_modules, trained_parameters
 
 N = TypeVar("N", int, float)
@@ -43,8 +44,10 @@ def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
     _refuse_lazy(model)
     modules = modules_by_name(model)
     saved = saved_modules(modules, config)
-    names, matches, skipped = _target_names(modules, config, saved)
-    targets = tuple(_targets(modules, names, config))
+    obstacles = {name: _obstacle(name, module, modules) for name, module in modules.items()}
+    slices = _slices(modules, config, saved, obstacles)
+    names, matches, skipped = _target_names(modules, config, saved, obstacles, slices)
+    targets = tuple(_targets(modules, names, config, slices))
     matches += _key_counts("rank_pattern", config.rank_pattern, names)
     matches += _key_counts("alpha_pattern", config.alpha_pattern, names)
     return Plan(
@@ -58,19 +61,22 @@ def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
 
 
 def _target_names(
-    modules: dict[str, nn.Module], config: LoRAConfig, saved: tuple[str, ...]
+    modules: dict[str, nn.Module],
+    config: LoRAConfig,
+    saved: tuple[str, ...],
+    obstacles: dict[str, str | None],
+    slices: dict[str, Slices],
 ) -> tuple[list[str], list[tuple[str, str, int]], list[tuple[str, str]]]:
-    obstacles = {name: _obstacle(name, module, modules) for name, module in modules.items()}
     adaptable = [name for name, why in obstacles.items() if why is None]
     matches: list[tuple[str, str, int]] = []
     skipped: list[tuple[str, str]] = []
     wanted = config.target_modules
     if wanted in ("all-linear", "qv", "attention"):
         heads = output_heads(modules)
-        if wanted == "qv":
-            _refuse_fused(modules, config)
         asked = [
-            name for name in modules if _in_preset(str(wanted), name) and not inside(name, heads)
+            name
+            for name in modules
+            if (_in_preset(str(wanted), name) or name in slices) and not inside(name, heads)
         ]
         chosen = [name for name in asked if obstacles[name] is None]
         skipped += [
@@ -213,22 +219,35 @@ def _refuse_lazy(model: nn.Module) -> None:
             )
 
 
-def _refuse_fused(modules: dict[str, nn.Module], config: LoRAConfig) -> None:
-    fused = [
-        name
-        for name, module in modules.items()
-        if is_fused(name) and not any(module.children()) and not _excluded(name, config)
-    ]
-    if fused:
-        raise TargetError(
-            f"target_modules='qv': {fused[0]!r} holds the query, key and value projections in one "
-            "weight, of which single slices cannot be adapted yet. Use "
-            "target_modules='attention' or name the layer."
-        )
+def _slices(
+    modules: dict[str, nn.Module],
+    config: LoRAConfig,
+    saved: tuple[str, ...],
+    obstacles: dict[str, str | None],
+) -> dict[str, Slices]:
+    """The parts of fused projections that the settings adapt, by the projection's name."""
+    if config.target_modules != "qv":
+        return {}
+    found = {}
+    for name in fused_projections(modules):
+        if _excluded(name, config) or inside(name, saved):
+            continue
+        adapted = adapted_class(type(modules[name]))
+        if adapted is None or obstacles[name] is not None:
+            raise TargetError(
+                f"target_modules='qv': {name!r} holds the query, key and value projections and "
+                f"cannot be adapted: {obstacles[name]}."
+            )
+        rows = adapted.factor_shapes(modules[name], r=1)[1][0]
+        found[name] = query_and_value(name, rows, modules)
+    return found
 
 
 def _targets(
-    modules: dict[str, nn.Module], names: list[str], config: LoRAConfig
+    modules: dict[str, nn.Module],
+    names: list[str],
+    config: LoRAConfig,
+    slices: dict[str, Slices],
 ) -> Iterator[Target]:
     first_with: dict[int, str] = {}
     for name in names:
@@ -238,6 +257,9 @@ def _targets(
         r = _by_key(config.rank_pattern, name, config.r)
         alpha = _by_key(config.alpha_pattern, name, config.alpha)
         A_shape, B_shape = adapted.factor_shapes(module, r)
+        parts = slices.get(name)
+        if parts is not None:
+            A_shape, B_shape = parts.shapes(A_shape, B_shape)
         first = first_with.setdefault(id(module.weight), name)
         yield Target(
             name=name,
@@ -248,6 +270,7 @@ def _targets(
             A_shape=A_shape,
             B_shape=B_shape,
             tied_to=None if first == name else first,
+            slices=parts,
         )
 
 

@@ -69,13 +69,6 @@ def test_presets_on_hugging_face_models(
     assert plans["qv"].counts()["whole"] == sum(head_sizes)
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox"])
-def test_qv_on_fused_projections_is_explained(architecture: str) -> None:
-    said = refusal(hugging_face(architecture), target_modules="qv")
-    assert "holds the query, key and value projections in one weight" in said
-    assert "'attention'" in said
-
-
 def test_fused_projections_that_are_excluded_do_not_matter() -> None:
     model = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "qkv": nn.Linear(4, 12)})
     assert names(plan_for(model, target_modules="qv", exclude_modules=["qkv"])) == ["q_proj"]

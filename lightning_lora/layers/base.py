@@ -35,7 +35,13 @@ class LoRALayer(nn.Module):
 
 
 # Layers of packages that are imported only where a model brings them, and where each is adapted.
-_ON_DEMAND = {("transformers.pytorch_utils", "Conv1D"): "lightning_lora.layers.conv1d"}
+_ON_DEMAND = {
+    ("transformers.pytorch_utils", "Conv1D"): "lightning_lora.layers.conv1d",
+    (
+        "transformers.models.falcon.modeling_falcon",
+        "FalconLinear",
+    ): "lightning_lora.layers.falcon",
+}
 _REGISTRY: dict[type[nn.Module], type[LoRALayer]] = {}
 _DERIVED: dict[type[nn.Module], type[LoRALayer]] = {}
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.slices import Slices
+
 
 class LoRAFactors(nn.Module):
     """Factors A and B of a low-rank update ``s * B @ A``, held as the child ``lora`` of an adapted
@@ -31,6 +33,7 @@ class LoRAFactors(nn.Module):
         seed: Seed of the initialisation.
         device: Device of the factors.
         dtype: Dtype of the adapted weight; the factors take it if it is wider than float32.
+        slices: The parts of a fused projection that have factors, if not the whole of it has.
 
     Attributes:
         A: Parameter of shape ``A_shape``.
@@ -52,6 +55,7 @@ class LoRAFactors(nn.Module):
         seed: int,
         device: torch.device,
         dtype: torch.dtype,
+        slices: Slices | None = None,
     ) -> None:
         super().__init__()
         master = (
@@ -59,6 +63,7 @@ class LoRAFactors(nn.Module):
         )
         self.name, self.init, self.seed = name, init, seed
         self.r, self.alpha, self.scaling, self.dropout = r, alpha, scaling, dropout
+        self.slices = slices
         self.hidden = False
         self.A = nn.Parameter(torch.empty(*A_shape, device=device, dtype=master))
         self.B = nn.Parameter(torch.empty(*B_shape, device=device, dtype=master))
@@ -84,17 +89,23 @@ class LoRAFactors(nn.Module):
             self.A.copy_(A)
             self.B.zero_()
 
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """A and B of the whole layer's update; sliced factors have zeros in the other rows of B."""
+        return self.A, self.B if self.slices is None else self.slices.spread(self.B)
+
     def forward(self, update: Callable[..., Tensor], *inputs: Any) -> Tensor:
-        """Run ``update(*inputs, A, B, scaling, dropout)``; dropout is 0 in evaluation.
+        """Run ``update(*inputs, A, B, scaling, dropout)``, with A and B as `pair` gives them;
+        dropout is 0 in evaluation.
 
         A module call, so that a sharded unit of the factors alone can gather them around it.
         """
         dropout = self.dropout if self.training else 0.0
-        return update(*inputs, self.A, self.B, self.scaling, dropout)
+        return update(*inputs, *self.pair(), self.scaling, dropout)
 
     def extra_repr(self) -> str:
         """Rank, alpha and dropout, for `print`."""
-        return f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}"
+        parts = "" if self.slices is None else f", parts={','.join(self.slices.adapted)}"
+        return f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}{parts}"
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if not self.hidden:

@@ -66,8 +66,8 @@ def test_classes_that_can_be_adapted() -> None:
     assert adapted_class(Doubling) is None
     assert adapted_class(nn.ReLU) is None
     assert adapted_class(LoRALinear) is None
-    known = ("torch.nn.modules.linear.Linear", "transformers.pytorch_utils.Conv1D")
-    assert supported_layers() == known
+    known = {"torch.nn.modules.linear.Linear", "transformers.pytorch_utils.Conv1D"}
+    assert known <= set(supported_layers())
 
 
 def test_a_subclass_keeps_what_it_is() -> None:

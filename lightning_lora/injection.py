@@ -172,8 +172,8 @@ def _build_factors(
         if target.tied_to is not None:
             continue
         module = modules[target.name]
-        weight = module.weight
-        assert isinstance(weight, Tensor)
+        adapted, weight = adapted_class(type(module)), module.weight
+        assert adapted is not None and isinstance(weight, Tensor)
         factors[target.name] = LoRAFactors(
             name=target.name,
             A_shape=target.A_shape,
@@ -187,6 +187,7 @@ def _build_factors(
             device=weight.device,
             dtype=weight.dtype,
             slices=target.slices,
+            zero=adapted.zero_factor,
         ).train(module.training)
     return factors
 

@@ -50,6 +50,7 @@ def to_peft_tensors(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
         CheckpointError: Part of the state lies outside that part, or is nothing that PEFT stores.
     """
     plan = require_injection(model).plan
+    modules = modules_by_name(model)
     adapted = {target.name: target for target in plan.targets}
     tied = [target.name for target in plan.targets if target.tied_to is not None]
     if tied:
@@ -69,7 +70,8 @@ def to_peft_tensors(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
             slices = adapted[layer].slices
             if slices is not None and leaf == "B":
                 tensor = slices.spread(tensor)
-            key = f"{layer}.lora_{leaf}.weight"
+            embedding = isinstance(modules[layer], nn.Embedding)
+            key = f"{layer}.lora_embedding_{leaf}" if embedding else f"{layer}.lora_{leaf}.weight"
         elif owner in adapted:
             key = f"{owner}.base_layer.{leaf}"
         else:
@@ -210,6 +212,9 @@ def from_peft_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An adapter's state under this project's names."""
     state = {}
     for key, tensor in tensors.items():
+        # PEFT never trains the weight of an adapted layer, but copies embedding tables beside it.
+        if key.endswith(".base_layer.weight"):
+            continue
         # With bias="all" PEFT writes the biases of wrapped modules under their wrappers' names once
         # more.
         if ".modules_to_save." in key or ".original_module." in key:
@@ -217,6 +222,7 @@ def from_peft_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name = key.removeprefix(_PREFIX)
         for factor in ("A", "B"):
             name = name.replace(f".lora_{factor}.weight", f".lora.{factor}")
+            name = name.replace(f".lora_embedding_{factor}", f".lora.{factor}")
         state[name.replace(".base_layer.", ".")] = tensor
     return state
 

@@ -75,15 +75,13 @@ def _target_names(
         heads = output_heads(modules)
         asked = [
             name
-            for name in modules
-            if (_in_preset(str(wanted), name) or name in slices) and not inside(name, heads)
+            for name, module in modules.items()
+            if (_in_preset(str(wanted), name) or name in slices)
+            and not inside(name, heads)
+            and _is_linear(module)
         ]
         chosen = [name for name in asked if obstacles[name] is None]
-        skipped += [
-            (name, str(obstacles[name]))
-            for name in asked
-            if obstacles[name] is not None and isinstance(modules[name], nn.Linear)
-        ]
+        skipped += [(name, str(obstacles[name])) for name in asked if obstacles[name] is not None]
         if not chosen:
             hint = suggest("query", adaptable)
             if skipped:
@@ -98,13 +96,24 @@ def _target_names(
         chosen = _explicit(modules, config, saved, obstacles, adaptable, matches)
     if config.exclude_modules is not None:
         chosen = _without_excluded(modules, chosen, config, matches)
-    chosen = [name for name in chosen if not inside(name, saved)]
+    chosen = [
+        name
+        for name in chosen
+        if not inside(name, saved)
+        and not (config.train_embeddings and isinstance(modules[name], nn.Embedding))
+    ]
     if not chosen:
         raise TargetError(
             f"No layer is left to adapt: target_modules={wanted!r} matched only layers that "
-            "exclude_modules or modules_to_save take away."
+            "exclude_modules, modules_to_save or train_embeddings take away."
         )
     return chosen, matches, skipped
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether the presets count a module among the linear layers, adaptable or not."""
+    adapted = adapted_class(type(module))
+    return isinstance(module, nn.Linear) or (adapted is not None and adapted.is_linear)
 
 
 def _in_preset(preset: str, name: str) -> bool:
@@ -189,12 +198,15 @@ def _obstacle(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> st
     """Why a module cannot be adapted, or ``None``."""
     if isinstance(module, (LoRALayer, LoRAFactors)):
         return "it has been adapted already"
-    if not name or adapted_class(type(module)) is None:
+    adapted = adapted_class(type(module))
+    if not name or adapted is None:
         types = ", ".join(supported_layers())
         why = f"{type(module).__name__} is not a supported layer type ({types})"
         if isinstance(module, nn.Linear):
             why += "; it overrides forward, so register a layer class for it with register_layer"
         return why
+    if (obstacle := adapted.obstacle(module)) is not None:
+        return obstacle
     if "weight" not in module._parameters:
         return "its weight is computed by a parametrization, which a merge could not undo"
     if hasattr(module, "lora"):
@@ -250,6 +262,7 @@ def _targets(
     slices: dict[str, Slices],
 ) -> Iterator[Target]:
     first_with: dict[int, str] = {}
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     for name in names:
         module = modules[name]
         adapted = adapted_class(type(module))
@@ -261,6 +274,12 @@ def _targets(
         if parts is not None:
             A_shape, B_shape = parts.shapes(A_shape, B_shape)
         first = first_with.setdefault(id(module.weight), name)
+        if shapes.setdefault(first, (A_shape, B_shape)) != (A_shape, B_shape):
+            raise TargetError(
+                f"{name!r} and {first!r} share one weight, but their factors have other shapes "
+                f"(A {A_shape} and {shapes[first][0]}), so they cannot share those. Leave one of "
+                "them out with exclude_modules: it keeps the base weight, and a merge unties it."
+            )
         yield Target(
             name=name,
             kind=type(module).__name__,

@@ -127,6 +127,8 @@ _SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "albert": ("AlbertForSequenceClassification", {"embedding_size": 8}),
     "llama": ("LlamaForCausalLM", {"num_key_value_heads": 1}),
+    "gemma3": ("Gemma3ForCausalLM", {"num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0}),
+    "qwen3": ("Qwen3ForCausalLM", {"num_key_value_heads": 1, "head_dim": 8}),
     "mistral": ("MistralForCausalLM", {"num_key_value_heads": 1, "head_dim": 8}),
     "opt": (
         "OPTForCausalLM",

@@ -155,7 +155,7 @@ def test_a_target_that_is_saved_whole_is_not_adapted() -> None:
         ({"target_modules": "inner"}, "'inner' matched nothing"),
         (
             {"target_modules": ["act"]},
-            "Tanh is not a supported layer type (torch.nn.modules.linear",
+            "Tanh is not a supported layer type (torch.nn.modules.",
         ),
         ({"target_modules": "qv"}, "target_modules='qv' matched no layer"),
         ({"target_modules": "attention"}, "target_modules='attention' matched no layer"),

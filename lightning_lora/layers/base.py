@@ -23,11 +23,22 @@ class LoRALayer(nn.Module):
 
     base_class: ClassVar[type[nn.Module]]
     lora: LoRAFactors
+    # Whether the presets of target_modules count the layer among the linear ones.
+    is_linear: ClassVar[bool] = True
+    # The factor that is zero at first.
+    zero_factor: ClassVar[str] = "B"
+    # Whether a subclass of base_class with a forward around super().forward() is adapted inside it.
+    adapts_inside_forward: ClassVar[bool] = False
 
     @classmethod
     def factor_shapes(cls, module: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of A and B for adapting ``module`` at rank ``r``."""
         raise NotImplementedError
+
+    @classmethod
+    def obstacle(cls, module: nn.Module) -> str | None:
+        """Why this very module cannot be adapted, or ``None``."""
+        return None
 
     def delta_weight(self) -> Tensor:
         """The update of the base weight, in the weight's shape and the factors' dtype."""
@@ -76,7 +87,8 @@ def adapted_class(layer: type[nn.Module]) -> type[LoRALayer] | None:
     """The class that a module of type ``layer`` is swapped to, or ``None`` if it cannot be adapted.
 
     A subclass of a registered type qualifies if it kept that type's ``forward``; one with a forward
-    of its own would lose it in the swap, and needs `register_layer`.
+    of its own would lose it in the swap, and needs `register_layer`. Embeddings that only compute
+    around ``super().forward()`` (scaled or shifted ones) qualify too.
     """
     for ancestor in layer.__mro__:
         home = _ON_DEMAND.get((ancestor.__module__, ancestor.__qualname__))
@@ -87,17 +99,28 @@ def adapted_class(layer: type[nn.Module]) -> type[LoRALayer] | None:
     if layer in _DERIVED:
         return _DERIVED[layer]
     for base, adapted in _REGISTRY.items():
-        if (
-            issubclass(layer, base)
-            and not issubclass(layer, LoRALayer)
-            and layer.forward is base.forward
-        ):
-            derived = type(
-                f"LoRA{layer.__name__}", (_Derived, adapted, layer), {"base_class": layer}
-            )
-            _DERIVED[layer] = derived
-            return derived
+        if not issubclass(layer, base) or issubclass(layer, LoRALayer):
+            continue
+        bases: tuple[type[nn.Module], ...]
+        if layer.forward is base.forward:
+            bases = (_Derived, adapted, layer)
+        elif adapted.adapts_inside_forward and _only_calls_super(layer.forward):
+            bases = (_Derived, layer, adapted)
+        else:
+            continue
+        derived = type(f"LoRA{layer.__name__}", bases, {"base_class": layer})
+        _DERIVED[layer] = derived
+        return derived
     return None
+
+
+def _only_calls_super(forward: Any) -> bool:
+    """Whether a forward leaves the use of the weight to the one that it overrides."""
+    code = getattr(forward, "__code__", None)
+    if code is None or "__class__" not in code.co_freevars:
+        return False
+    names = {*code.co_names}
+    return {"super", "forward"} <= names and not {"F", "functional", "embedding"} & names
 
 
 class _Derived(LoRALayer):

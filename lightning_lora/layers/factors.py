@@ -34,10 +34,11 @@ class LoRAFactors(nn.Module):
         device: Device of the factors.
         dtype: Dtype of the adapted weight; the factors take it if it is wider than float32.
         slices: The parts of a fused projection that have factors, if not the whole of it has.
+        zero: The factor that is zero at first, ``"A"`` or ``"B"``; the other is drawn.
 
     Attributes:
         A: Parameter of shape ``A_shape``.
-        B: Parameter of shape ``B_shape``, zero at first.
+        B: Parameter of shape ``B_shape``.
         hidden: While true (the factors are merged into the weight), state dicts leave the factors
             out.
     """
@@ -56,6 +57,7 @@ class LoRAFactors(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
         slices: Slices | None = None,
+        zero: str = "B",
     ) -> None:
         super().__init__()
         master = (
@@ -63,7 +65,7 @@ class LoRAFactors(nn.Module):
         )
         self.name, self.init, self.seed = name, init, seed
         self.r, self.alpha, self.scaling, self.dropout = r, alpha, scaling, dropout
-        self.slices = slices
+        self.slices, self.zero = slices, zero
         self.hidden = False
         self.A = nn.Parameter(torch.empty(*A_shape, device=device, dtype=master))
         self.B = nn.Parameter(torch.empty(*B_shape, device=device, dtype=master))
@@ -73,21 +75,25 @@ class LoRAFactors(nn.Module):
         """Draw A anew (the same values each time) and set B to zero; a no-op on the meta device.
 
         ``"kaiming"`` is PEFT's and loralib's uniform distribution with bound ``1 / sqrt(fan_in)``;
-        ``"gaussian"`` is normal with standard deviation ``1 / r``.
+        ``"gaussian"`` is normal with standard deviation ``1 / r``. Where A is the zero one, B is
+        drawn from a normal distribution with standard deviation 1, as they do for embeddings.
         """
         if self.A.is_meta:
             return
         digest = hashlib.blake2b(f"{self.seed}:{self.name}".encode(), digest_size=7).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big"))
+        drawn, zero = (self.B, self.A) if self.zero == "A" else (self.A, self.B)
         # On the CPU even inside `with torch.device(...)`: the draw must not depend on the device.
-        A = torch.empty(self.A.shape, dtype=self.A.dtype, device="cpu")
-        if self.init == "gaussian":
-            A.normal_(std=1 / self.r, generator=generator)
+        values = torch.empty(drawn.shape, dtype=drawn.dtype, device="cpu")
+        if self.zero == "A":
+            values.normal_(generator=generator)
+        elif self.init == "gaussian":
+            values.normal_(std=1 / self.r, generator=generator)
         else:
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
+            nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
         with torch.no_grad():
-            self.A.copy_(A)
-            self.B.zero_()
+            drawn.copy_(values)
+            zero.zero_()
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """A and B of the whole layer's update; sliced factors have zeros in the other rows of B."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from lightning_lora.errors import CheckpointError
 from lightning_lora.injection import require_injection
 from lightning_lora.matching import key_matches, suffix_matches
 from lightning_lora.names import modules_by_name
+from lightning_lora.peft_factors import peft_alpha, peft_factor, peft_multiple
 from lightning_lora.plan import Target
 from lightning_lora.state import adapter_state_dict
 
@@ -67,11 +67,8 @@ def to_peft_tensors(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
         owner, _, leaf = name.rpartition(".")
         if owner.endswith(".lora") and owner.removesuffix(".lora") in adapted:
             layer = owner.removesuffix(".lora")
-            slices = adapted[layer].slices
-            if slices is not None and leaf == "B":
-                tensor = slices.spread(tensor)
-            embedding = isinstance(modules[layer], nn.Embedding)
-            key = f"{layer}.lora_embedding_{leaf}" if embedding else f"{layer}.lora_{leaf}.weight"
+            theirs, tensor = peft_factor(modules[layer], adapted[layer], leaf, tensor)
+            key = f"{layer}.{theirs}"
         elif owner in adapted:
             key = f"{owner}.base_layer.{leaf}"
         else:
@@ -96,7 +93,10 @@ def to_peft_config(model: nn.Module, prefix: str = "") -> dict[str, Any]:
         # To PEFT a key is a regex for the end of a name; the ^ makes it the whole name.
         return "^" + re.escape(target.name.removeprefix(prefix))
 
-    ranks, alphas = _whole_ranks(plan.targets), _whole_alphas(plan.targets, config.use_rslora)
+    modules = modules_by_name(model)
+    layers = [(modules[target.name], target) for target in plan.targets]
+    ranks = [peft_multiple(module, target) * target.r for module, target in layers]
+    alphas = [peft_alpha(module, target, config.use_rslora) for module, target in layers]
     r, alpha = _default(ranks, config.r), _default(alphas, config.alpha)
 
     return {
@@ -122,20 +122,6 @@ def to_peft_config(model: nn.Module, prefix: str = "") -> dict[str, Any]:
         "fan_in_fan_out": any(target.kind == "Conv1D" for target in plan.targets),
         "init_lora_weights": True,
     }
-
-
-def _whole_ranks(targets: Sequence[Target]) -> list[int]:
-    """Ranks of the updates of whole layers; k parts of rank r make one of rank k * r."""
-    return [t.r * (len(t.slices.adapted) if t.slices else 1) for t in targets]
-
-
-def _whole_alphas(targets: Sequence[Target], use_rslora: bool) -> list[float]:
-    """The alphas that give the same scaling with the ranks of whole layers."""
-    alphas = []
-    for target in targets:
-        k = len(target.slices.adapted) if target.slices else 1
-        alphas.append(target.alpha * (math.sqrt(k) if use_rslora else k))
-    return alphas
 
 
 def _default(values: Sequence[Any], wanted: Any) -> Any:

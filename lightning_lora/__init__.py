@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from lightning_lora.plan import Plan
     from lightning_lora.removal import remove_lora
     from lightning_lora.state import adapter_state_dict, load_adapter_state_dict
+    from lightning_lora.strategies import FSDP2Strategy
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FSDP2Strategy",
     "LoRACallback",
     "LoRAConfig",
     "LoRALayer",
@@ -43,6 +45,7 @@ __all__ = [
 
 # Importing torch and Lightning takes seconds; `lightning-lora --help` needs neither.
 _HOMES = {
+    "FSDP2Strategy": "lightning_lora.strategies",
     "LoRACallback": "lightning_lora.callback",
     "LoRAConfig": "lightning_lora.config",
     "LoRALayer": "lightning_lora.layers",

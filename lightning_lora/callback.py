@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from typing_extensions import override
 
 from lightning_lora.checkpoints import (
     explain_unreadable,
-    load_optimizer_state,
+    optimizer_names,
+    optimizer_states,
     require_metadata,
     require_training_state,
 )
@@ -31,18 +33,17 @@ from lightning_lora.errors import ConfigError
 from lightning_lora.export import export_model
 from lightning_lora.freezing import cast_frozen, check_dtype, freeze
 from lightning_lora.injection import inject_lora, injection_of
-from lightning_lora.merging import merge_lora, unmerge_lora
 from lightning_lora.plan import Plan
 from lightning_lora.resume import ExactResume
 from lightning_lora.state import (
     METADATA_KEY,
-    adapter_state_dict,
     audit_metadata,
     audit_state,
     base_fingerprint,
     checkpoint_metadata,
-    load_adapter_state_dict,
+    frozen_parameters,
 )
+from lightning_lora.strategies import Replicated, sharding_of
 
 
 class LoRACallback(Callback):
@@ -153,6 +154,7 @@ class LoRACallback(Callback):
         self.plan: Plan | None = None
         self.exported: dict[str, Path] = {}
         self._resume = ExactResume() if exact_resume else None
+        self._sharding: Replicated | None = None
         self._trainer: Trainer | None = None
         self._fitted = False
 
@@ -196,7 +198,8 @@ class LoRACallback(Callback):
         if stage == "fit" and self.merge_from == "best":
             self._load_best(trainer, pl_module)
         if self.merge_on_fit_end:
-            merge_lora(pl_module)
+            assert self._sharding is not None
+            self._sharding.merge(pl_module)
         if stage == "fit" and self.export_dir is not None and trainer.is_global_zero:
             self.exported = export_model(pl_module, Path(self.export_dir), trainer)
         trainer.strategy.barrier("LoRACallback.teardown")
@@ -216,10 +219,10 @@ class LoRACallback(Callback):
         """Bring the model into the state that a stage starts from: adapted, unmerged, frozen."""
         if injection_of(model) is None:
             assert self._trainer is not None
-            seed = self._trainer.strategy.broadcast(int(torch.randint(2**62, (1,))))
-            self.plan = inject_lora(model, self.config, seed=seed)
+            self.plan = inject_lora(model, self.config, seed=self._seed(self._trainer.strategy))
             # Now, while the base is in its own precision and nothing has been trained.
-            base_fingerprint(model)
+            if not any(parameter.is_meta for parameter in frozen_parameters(model)):
+                base_fingerprint(model)
             if self.frozen_dtype is not None:
                 cast_frozen(model, self.frozen_dtype)
             if self.verbose and self._trainer.is_global_zero:
@@ -228,8 +231,18 @@ class LoRACallback(Callback):
                 rich.print(self.plan)
         else:
             self.plan = inject_lora(model, self.config)
-            unmerge_lora(model)
+            assert self._sharding is not None
+            self._sharding.unmerge(model)
             freeze(model, self.plan)
+
+    def _seed(self, strategy: Strategy) -> int:
+        """The seed of the factors, the same on all ranks.
+
+        That of `lightning.seed_everything` where it was called: the state of the generator at this
+        point depends on the strategy, and the same run should start alike on any number of devices.
+        """
+        seed = os.environ.get("PL_GLOBAL_SEED")
+        return strategy.broadcast(int(torch.randint(2**62, (1,))) if seed is None else int(seed))
 
     def _load_best(self, trainer: Trainer, pl_module: LightningModule) -> None:
         path = check_best_checkpoint(trainer).best_model_path
@@ -239,10 +252,12 @@ class LoRACallback(Callback):
                 "nothing was merged. Let validation run at least once, or use merge_from='last'."
             )
         # By the strategy's own way of reading: the file may lie on remote storage.
-        checkpoint = trainer.strategy.checkpoint_io.load_checkpoint(path, weights_only=True)
+        assert self._sharding is not None
+        load = partial(trainer.strategy.checkpoint_io.load_checkpoint, weights_only=True)
+        checkpoint = self._sharding.read(load, path)
         # What the module keeps beside its weights, such as a threshold, belongs to them.
         pl_module.on_load_checkpoint(checkpoint)
-        load_adapter_state_dict(pl_module, checkpoint["state_dict"], path)
+        self._sharding.load_state(pl_module, checkpoint["state_dict"], path)
 
     def _attach(self, strategy: Strategy) -> None:
         """Put this callback between the Trainer and its strategy's loading and saving.
@@ -258,52 +273,78 @@ class LoRACallback(Callback):
             raise ConfigError("The Trainer has two LoRACallbacks; give it one.")
         wrapped: Any = strategy
         wrapped._lightning_lora = self
+        self._sharding = sharding_of(strategy)
         wrapped.setup = partial(self._strategy_setup, strategy, strategy.setup)
         wrapped.load_checkpoint = partial(self._load_checkpoint, strategy, strategy.load_checkpoint)
         wrapped.load_model_state_dict = partial(self._load_model_state_dict, strategy)
         wrapped.load_optimizer_state_dict = partial(
-            load_optimizer_state, strategy.load_optimizer_state_dict
+            self._load_optimizers, strategy, strategy.load_optimizer_state_dict
         )
         wrapped.lightning_module_state_dict = partial(self._module_state_dict, strategy)
+        wrapped.optimizer_state = partial(self._sharding.optimizer_state, strategy.optimizer_state)
         wrapped.save_checkpoint = partial(self._save_checkpoint, strategy, strategy.save_checkpoint)
 
     def _strategy_setup(self, strategy: Strategy, original: Any, trainer: Trainer) -> None:
-        self._prepare(_module_of(strategy))
-        original(trainer)
+        model = _module_of(strategy)
+        self._prepare(model)
+        assert self._sharding is not None
+        if self.merge_on_fit_end:
+            self._sharding.check_merge(model)
+        self._sharding.setup(original, trainer, model)
+        base_fingerprint(model)
 
     def _load_checkpoint(
         self, strategy: Strategy, original: Any, checkpoint_path: Any, **kwargs: Any
     ) -> Any:
         model = _module_of(strategy)
         self._prepare(model)
+        assert self._sharding is not None
         with explain_unreadable(checkpoint_path):
-            checkpoint = original(checkpoint_path, **kwargs)
+            checkpoint = self._sharding.read(original, checkpoint_path, **kwargs)
         source = str(checkpoint_path)
         # Before any part of the checkpoint reaches the model, the loops or the optimizers.
         audit_metadata(model, require_metadata(checkpoint, source), source)
         audit_state(model, checkpoint["state_dict"], source)
         if model.trainer.state.fn == TrainerFn.FITTING:
             require_training_state(checkpoint, source)
+            if self._sharding.restores_optimizers:
+                self._load_optimizers(strategy, None, checkpoint)
         return checkpoint
 
     def _load_model_state_dict(
         self, strategy: Strategy, checkpoint: Any, strict: bool = True
     ) -> None:
-        load_adapter_state_dict(_module_of(strategy), checkpoint["state_dict"], "the checkpoint")
+        assert self._sharding is not None
+        self._sharding.load_state(_module_of(strategy), checkpoint["state_dict"], "the checkpoint")
+
+    def _load_optimizers(self, strategy: Strategy, original: Any, checkpoint: Any) -> None:
+        assert self._sharding is not None
+        states = optimizer_states(checkpoint, strategy.optimizers, _module_of(strategy))
+        if original is not None:
+            original({**checkpoint, "optimizer_states": states})
+            return
+        for optimizer, state in zip(strategy.optimizers, states, strict=True):
+            self._sharding.load_optimizer(optimizer, state)
 
     def _module_state_dict(self, strategy: Strategy) -> dict[str, Any]:
-        return adapter_state_dict(_module_of(strategy))
+        assert self._sharding is not None
+        return self._sharding.state(_module_of(strategy))
 
     def _save_checkpoint(
         self,
         strategy: Strategy,
         original: Any,
         checkpoint: dict[str, Any],
-        *args: Any,
+        path: Any,
         **kwargs: Any,
     ) -> None:
-        checkpoint[METADATA_KEY] = checkpoint_metadata(_module_of(strategy))
-        original(checkpoint, *args, **kwargs)
+        assert self._sharding is not None
+        model = _module_of(strategy)
+        checkpoint[METADATA_KEY] = {
+            **checkpoint_metadata(model),
+            "optimizers": optimizer_names(strategy.optimizers, model),
+        }
+        self._sharding.save(original, checkpoint, path, **kwargs)
 
 
 def _module_of(strategy: Strategy) -> LightningModule:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 
 from lightning_lora.errors import CheckpointError
+from lightning_lora.names import clean_name, listed
 from lightning_lora.state import METADATA_KEY
 
 
@@ -89,20 +92,84 @@ def require_training_state(checkpoint: Mapping[str, Any], source: str) -> None:
         )
 
 
-def load_optimizer_state(load: Callable[[Any], None], checkpoint: Any) -> None:
-    """Load the optimizers' state, with a reason where it does not fit.
+def optimizer_names(optimizers: Sequence[Optimizer], model: nn.Module) -> list[list[list[str]]]:
+    """The names of the parameters in each group of each optimizer, in order."""
+    names = {id(parameter): clean_name(name) for name, parameter in model.named_parameters()}
+    return [
+        [[names.get(id(p), "?") for p in group["params"]] for group in optimizer.param_groups]
+        for optimizer in optimizers
+    ]
+
+
+def optimizer_states(
+    checkpoint: Mapping[str, Any], optimizers: Sequence[Optimizer], model: nn.Module
+) -> list[dict[str, Any]]:
+    """The optimizers' states of a checkpoint, in the order of the parameters in the optimizers.
+
+    Torch numbers parameters; by their names, which the checkpoint holds too, states stay with their
+    parameters when the order has changed.
 
     Raises:
-        CheckpointError: The optimizer has other parameter groups than the one that was saved.
+        CheckpointError: The optimizers have other parameters, groups or kinds than those that were
+            saved.
     """
-    try:
-        load(checkpoint)
-    except (ValueError, KeyError) as error:
+    states = checkpoint["optimizer_states"]
+    saved = checkpoint[METADATA_KEY].get("optimizers")
+    if len(states) != len(optimizers):
         raise CheckpointError(
-            f"The checkpoint's optimizer state does not fit the optimizer ({_first_line(error)}). "
-            "Resume with the optimizer and the parameter groups that it was saved with, or start "
-            "a new fit after load_adapter(model, path)."
-        ) from error
+            f"The checkpoint holds the state of {len(states)} optimizers, and "
+            f"configure_optimizers returned {len(optimizers)}. {_RESUME_ALIKE}"
+        )
+    if saved is None:
+        return list(states)
+    found = []
+    for state, groups, names in zip(states, saved, optimizer_names(optimizers, model), strict=True):
+        if list(map(sorted, groups)) != list(map(sorted, names)):
+            raise CheckpointError(_other_parameters(groups, names))
+        places = dict(
+            zip(_flat(groups), _flat([g["params"] for g in state["param_groups"]]), strict=True)
+        )
+        order = [places[name] for name in _flat(names)]
+        numbers = iter(range(len(order)))
+        found.append(
+            {
+                "state": {
+                    new: state["state"][old]
+                    for new, old in enumerate(order)
+                    if old in state["state"]
+                },
+                "param_groups": [
+                    {**group, "params": [next(numbers) for _ in group["params"]]}
+                    for group in state["param_groups"]
+                ],
+            }
+        )
+    return found
+
+
+_RESUME_ALIKE = (
+    "Resume with the optimizers and the parameter groups that were saved, or start a new fit after "
+    "load_adapter(model, path)."
+)
+
+
+def _other_parameters(saved: list[list[str]], now: list[list[str]]) -> str:
+    before, after = set(_flat(saved)), set(_flat(now))
+    if before == after:
+        what = f"the parameters are in {len(now)} groups, and were in {len(saved)}"
+        if len(now) == len(saved):
+            what = "the parameters are divided otherwise into groups"
+    else:
+        what = "; ".join(
+            f"{label}: {listed(sorted(names), limit=3)}"
+            for label, names in (("only saved", before - after), ("only now", after - before))
+            if names
+        )
+    return f"The checkpoint's optimizer state does not fit the optimizer ({what}). {_RESUME_ALIKE}"
+
+
+def _flat(groups: Iterable[Iterable[Any]]) -> list[Any]:
+    return [each for group in groups for each in group]
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,7 +6,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
 from lightning_lora.errors import ConfigError
@@ -21,10 +26,12 @@ def check_strategy(trainer: Trainer) -> None:
     """
     strategy = trainer.strategy
     name = type(strategy).__name__
-    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+    supported = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy, FSDPStrategy)
+    if not isinstance(strategy, supported):
         raise ConfigError(
-            f"{name} is not supported by LoRACallback in this version: use one device, or "
-            "strategy='ddp'."
+            f"{name} is not supported by LoRACallback: use one device, or strategy='ddp', 'fsdp2' "
+            "or 'fsdp'. Instead of DeepSpeed's ZeRO stages, 'fsdp2' shards parameters, gradients "
+            "and optimizer state."
         )
     if isinstance(strategy.launcher, _MultiProcessingLauncher):
         raise ConfigError(

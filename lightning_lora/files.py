@@ -29,8 +29,7 @@ def replacing_directory(target: str | Path) -> Iterator[Path]:
     fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield fresh
-        _make_readable(fresh)
-        _replace(target, fresh)
+        adopt(fresh, target)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
@@ -60,7 +59,9 @@ def replacing_file(target: str | Path) -> Iterator[Path]:
         fresh.unlink(missing_ok=True)
 
 
-def _replace(target: Path, fresh: Path) -> None:
+def adopt(fresh: Path, target: Path) -> None:
+    """Put a complete new folder in the place of ``target``."""
+    _make_readable(fresh)
     if not target.exists():
         fresh.rename(target)
         return

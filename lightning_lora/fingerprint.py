@@ -8,9 +8,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from lightning_lora.sharded import extent, is_sharded, local, sum_over_shards, whole
+
 _ROW = 1024
 _CHUNK_ROWS = 2048
 _MODULUS = 2**64
+_SIGN = 2**63
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
@@ -19,6 +22,8 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     Every element counts, with a weight that depends on its position; values are first rounded to
     bfloat16, so that a float32 base and its bfloat16 copy have the same fingerprint. Sums are
     exact, hence the same on every device and in any order of summation.
+
+    A sharded base has the fingerprint of the whole; each process reads its shards alone.
 
     Args:
         tensors: Parameters of the base, in the order of the model.
@@ -33,10 +38,14 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
         >>> fingerprint([W]) == fingerprint([W + 1])
         False
     """
+    parts = [_flat_part(tensor) for tensor in tensors]
+    sums = [position_sums(local(tensor), offset) for tensor, offset in parts]
+    signed = [[(value + _SIGN) % _MODULUS - _SIGN for value in pair] for pair in sums]
+    kept = [tensor for tensor, _ in parts]
+    totals = sum_over_shards(torch.tensor(signed, dtype=torch.int64).reshape(-1, 2), kept).tolist()
     digest = hashlib.blake2b(digest_size=16)
-    for tensor in tensors:
-        plain, weighted = position_sums(tensor)
-        digest.update(f"{tuple(tensor.shape)}:{plain}:{weighted};".encode())
+    for tensor, (plain, weighted) in zip(kept, totals, strict=True):
+        digest.update(f"{tuple(tensor.shape)}:{plain % _MODULUS}:{weighted % _MODULUS};".encode())
     return digest.hexdigest()
 
 
@@ -71,6 +80,18 @@ def position_sums(tensor: Tensor, offset: int = 0) -> tuple[int, int]:
             int((row_sums * row_starts).sum() + in_rows.sum()) + (offset + start + 1) * total
         )
     return plain % _MODULUS, weighted % _MODULUS
+
+
+def _flat_part(tensor: Tensor) -> tuple[Tensor, int]:
+    """A tensor and where its local part starts in the flattened whole."""
+    if not is_sharded(tensor):
+        return tensor, 0
+    rows, *others = extent(tensor)
+    if any(
+        stop - start != size for (start, stop), size in zip(others, tensor.shape[1:], strict=True)
+    ):
+        return whole(tensor), 0  # its part is not one piece of the flattened whole
+    return tensor, rows[0] * tensor.shape[1:].numel()
 
 
 def _bits(values: Tensor) -> Tensor:

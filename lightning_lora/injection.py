@@ -14,6 +14,7 @@ from lightning_lora.freezing import freeze
 from lightning_lora.layers import LoRAFactors, LoRALayer, adapted_class
 from lightning_lora.names import clean_name, modules_by_name, unwrap
 from lightning_lora.plan import Plan
+from lightning_lora.sharded import has_other_layout, is_sharded, local, shard_alike
 from lightning_lora.targeting import make_plan
 
 ATTRIBUTE = "_lightning_lora"
@@ -93,7 +94,7 @@ def inject_lora(
                 "that it was injected into first, or let one place do the injection."
             )
     plan = make_plan(model, config)
-    _refuse_sharded(model, plan)
+    _refuse_tensor_parallel(model, plan)
     if seed is None:
         seed = int(torch.randint(2**62, (1,), device="cpu"))
     factors = _build_factors(model, plan, config, seed)
@@ -108,8 +109,12 @@ def inject_lora(
     modules = modules_by_name(model)
     for target in plan.targets:
         module = modules[target.name]
+        weight = module.weight
         module.lora = factors[target.tied_to or target.name]
         swap_class(module)
+        if target.tied_to is None and is_sharded(weight):  # type: ignore[arg-type]
+            # The units are fixed by now, and the factors belong to none of them.
+            shard_alike(module.lora, weight)  # type: ignore[arg-type]
     record.nested_tensors = _leave_fast_paths(model)
     setattr(unwrap(model), ATTRIBUTE, record)
     freeze(model, plan)
@@ -184,7 +189,7 @@ def _build_factors(
             dropout=config.dropout,
             init=config.init,
             seed=seed,
-            device=weight.device,
+            device=local(weight).device,
             dtype=weight.dtype,
             slices=target.slices,
             zero=adapted.zero_factor,
@@ -192,17 +197,14 @@ def _build_factors(
     return factors
 
 
-def _refuse_sharded(model: nn.Module, plan: Plan) -> None:
-    if not torch.distributed.is_available():
-        return
-    from torch.distributed.tensor import DTensor
-
+def _refuse_tensor_parallel(model: nn.Module, plan: Plan) -> None:
     modules = modules_by_name(model)
     for target in plan.targets:
-        if isinstance(modules[target.name].weight, DTensor):
+        if has_other_layout(modules[target.name].weight):  # type: ignore[arg-type]
             raise ConfigError(
-                f"{target.name!r} is sharded already: LoRA must be injected before fully_shard, "
-                "or gradients would be wrong. Inject in configure_model before sharding."
+                f"{target.name!r} is split by tensor parallelism, which LoRA does not support: its "
+                "gradients would be wrong. Shard the model by fully_shard alone, for instance "
+                "with FSDP2Strategy."
             )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from lightning_lora.peft_format import (
 )
 from lightning_lora.plan import Plan
 from lightning_lora.removal import remove_lora
+from lightning_lora.sharded import is_sharded, whole
 from lightning_lora.state import (
     METADATA_KEY,
     adapter_state_dict,
@@ -43,6 +45,8 @@ CONFIG_FILE = "adapter_config.json"
 def save_adapter(model: nn.Module, directory: str | Path, part: str = "") -> Path:
     """Write the adapter as a folder that ``peft.PeftModel.from_pretrained`` loads.
 
+    Of a sharded model every rank has to call this; rank 0 writes.
+
     Args:
         model: The module that LoRA was injected into, merged or not.
         directory: The folder; replaced as a whole once the new one is complete.
@@ -58,6 +62,9 @@ def save_adapter(model: nn.Module, directory: str | Path, part: str = "") -> Pat
     """
     prefix = f"{part}." if part else ""
     tensors, config = to_peft_tensors(model, prefix), to_peft_config(model, prefix)
+    sharded = any(is_sharded(tensor) for tensor in adapter_state_dict(model).values())
+    if sharded and torch.distributed.get_rank() != 0:
+        return Path(directory)
     with replacing_directory(directory) as fresh:
         save_file(tensors, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
         (fresh / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
@@ -103,7 +110,7 @@ def swap_adapter(model: nn.Module, path: str | Path) -> Plan:
     record = require_injection(model)
     adapter = _read(Path(path), model)
     merged, old_config = record.merged, record.config
-    old_state = {name: tensor.clone() for name, tensor in adapter_state_dict(model).items()}
+    old_state = {name: whole(tensor).clone() for name, tensor in adapter_state_dict(model).items()}
     if old_config != adapter[0]:
         remove_lora(model)
     try:

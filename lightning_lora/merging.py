@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.injection import Injection, require_injection, restore_class, swap_class
 from lightning_lora.layers import LoRALayer
-from lightning_lora.names import modules_by_name
+from lightning_lora.names import modules_by_name, unwrap
 from lightning_lora.plan import Target
+from lightning_lora.sharded import is_sharded, local, part_of, reshard, whole, whole_factors
 
 
 @torch.no_grad()
@@ -19,19 +22,25 @@ def merge_lora(model: nn.Module) -> None:
     The exact base weights are kept (on the CPU for weights on an accelerator), so `unmerge_lora`
     gives them back bit for bit. The factors stay in the model but leave its state dict, so that
     ``save_pretrained`` writes a plain model. Merging a merged model does nothing. A weight that
-    another module shares (a tied head) is untied first, so that only the adapted layer changes.
+    another module shares (a tied head) is untied first, so that only the adapted layer changes. A
+    sharded model is merged on its shards, by all ranks together; a rank holds the update of one
+    layer whole.
 
     Args:
         model: The module that LoRA was injected into.
 
     Raises:
-        ConfigError: The model has no LoRA, or a factor is not finite.
+        ConfigError: The model has no LoRA, a factor is not finite, or a sharded weight is tied to
+            another module's.
     """
     record = require_injection(model)
     if record.merged:
         return
+    reshard(model)
     _refuse_non_finite(model, record)
     modules = modules_by_name(model)
+    if any(is_sharded(modules[t.name].weight) for t in record.plan.targets):  # type: ignore[arg-type]
+        refuse_ties(model)
     shared = _shared_parameters(model, record)
     for target in record.plan.targets:
         module = modules[target.name]
@@ -43,7 +52,7 @@ def merge_lora(model: nn.Module) -> None:
         module = modules[target.name]
         if target.tied_to is not None:
             module._parameters["weight"] = modules[target.tied_to]._parameters["weight"]
-        module.lora.hidden = True  # type: ignore[union-attr]
+        unwrap(module.lora).hidden = True  # type: ignore[assignment, arg-type]
         restore_class(module)
     record.merged = True
 
@@ -62,15 +71,19 @@ def unmerge_lora(model: nn.Module) -> None:
     record = require_injection(model)
     if not record.merged:
         return
+    reshard(model)
     modules = modules_by_name(model)
     for target in record.plan.targets:
         module = modules[target.name]
         parameter, before = record.base_weights[target.tied_to or target.name]
         merged = module._parameters["weight"]
         assert merged is not None
-        parameter.data = before.to(device=merged.device, dtype=merged.dtype)
-        module._parameters["weight"] = parameter
-        module.lora.hidden = False  # type: ignore[union-attr]
+        if is_sharded(merged):
+            local(merged).copy_(before)
+        else:
+            parameter.data = before.to(device=merged.device, dtype=merged.dtype)
+            module._parameters["weight"] = parameter
+        unwrap(module.lora).hidden = False  # type: ignore[assignment, arg-type]
         swap_class(module)
     record.base_weights.clear()
     record.merged = False
@@ -79,12 +92,17 @@ def unmerge_lora(model: nn.Module) -> None:
 def _merge_layer(module: LoRALayer, target: Target, record: Injection, shared: bool) -> None:
     parameter = module._parameters["weight"]
     assert parameter is not None
-    before = parameter.detach()
-    delta = module.delta_weight()
+    before = local(parameter.detach())
+    with whole_factors(module.lora):
+        delta = part_of(module.delta_weight(), parameter)
     # Summed in the wider dtype and rounded once; the old tensor is left as it is and becomes the
     # snapshot.
-    after = (before.to(delta.dtype) + delta).to(before.dtype)
-    if shared:
+    after = (before.to(delta.dtype) + delta.to(before.device)).to(before.dtype)
+    if is_sharded(parameter):
+        # The shard's memory belongs to a larger buffer, which has to change with it.
+        before = before.to("cpu", copy=True)
+        local(parameter.detach()).copy_(after)
+    elif shared:
         module._parameters["weight"] = nn.Parameter(after, requires_grad=parameter.requires_grad)
     else:
         parameter.data = after
@@ -109,14 +127,51 @@ def _shared_parameters(model: nn.Module, record: Injection) -> set[int]:
     }
 
 
+def refuse_ties(model: nn.Module) -> None:
+    """A tied weight cannot be untied once it is a shard.
+
+    Raises:
+        ConfigError: Names the adapted layer that shares its weight, and says what to do.
+    """
+    record = require_injection(model)
+    modules = modules_by_name(model)
+    shared = _shared_parameters(model, record)
+    for target in record.plan.targets:
+        if id(modules[target.name].weight) in shared:
+            raise ConfigError(
+                f"{target.name!r} shares its weight with a module that is not adapted (a tied "
+                "head), and a sharded weight cannot be untied for a merge. Leave it out of "
+                "target_modules, untie the weights before the fit, or set merge_on_fit_end=False "
+                "and merge the checkpoint in one process."
+            )
+
+
 def _refuse_non_finite(model: nn.Module, record: Injection) -> None:
     modules = modules_by_name(model)
+    factors = {}
     for target in record.plan.targets:
         lora = modules[target.name].lora
         for factor in ("A", "B"):
             value = getattr(lora, factor)
             assert isinstance(value, Tensor)
-            if not bool(torch.isfinite(value).all()):
+            # The whole of it: every rank has to come to the same conclusion.
+            factors[f"{target.name}.lora.{factor}"] = whole(value)
+    factors_are_finite(record, factors)
+
+
+def factors_are_finite(record: Injection, factors: Mapping[str, Tensor]) -> None:
+    """Refuse to merge what would destroy the base.
+
+    Args:
+        record: What was injected.
+        factors: The factors by name.
+
+    Raises:
+        ConfigError: A factor holds NaN or infinity.
+    """
+    for target in record.plan.targets:
+        for factor in ("A", "B") if target.tied_to is None else ():
+            if not bool(torch.isfinite(factors[f"{target.name}.lora.{factor}"]).all()):
                 raise ConfigError(
                     f"Not merged: {target.name}.lora.{factor} holds NaN or infinity, so training "
                     "diverged. Nothing was changed. Resume from an earlier checkpoint with a "

@@ -16,6 +16,7 @@ from lightning_lora.matching import key_matches, suffix_matches
 from lightning_lora.names import modules_by_name
 from lightning_lora.peft_factors import peft_alpha, peft_factor, peft_multiple
 from lightning_lora.plan import Target
+from lightning_lora.sharded import whole
 from lightning_lora.state import adapter_state_dict
 
 _PREFIX = "base_model.model."
@@ -73,7 +74,7 @@ def to_peft_tensors(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
             key = f"{owner}.base_layer.{leaf}"
         else:
             key = name
-        tensors[_PREFIX + key.removeprefix(prefix)] = tensor.cpu().contiguous()
+        tensors[_PREFIX + key.removeprefix(prefix)] = whole(tensor).cpu().contiguous()
     return tensors
 
 
@@ -83,11 +84,11 @@ def to_peft_config(model: nn.Module, prefix: str = "") -> dict[str, Any]:
     config, plan = record.config, record.plan
     part = model.get_submodule(prefix.rstrip("."))
     names = [target.name.removeprefix(prefix) for target in plan.targets]
-    whole = [name.removeprefix(prefix) for name in plan.saved_modules]
+    trained_whole = [name.removeprefix(prefix) for name in plan.saved_modules]
     for parameter in plan.trained:
         owner = parameter.name.rpartition(".")[0].removeprefix(prefix)
-        if parameter.reason in ("norm", "embedding") and owner not in whole:
-            whole.append(owner)
+        if parameter.reason in ("norm", "embedding") and owner not in trained_whole:
+            trained_whole.append(owner)
 
     def key(target: Target) -> str:
         # To PEFT a key is a regex for the end of a name; the ^ makes it the whole name.
@@ -118,7 +119,7 @@ def to_peft_config(model: nn.Module, prefix: str = "") -> dict[str, Any]:
         "bias": config.bias,
         "use_rslora": config.use_rslora,
         "use_dora": False,
-        "modules_to_save": whole or None,
+        "modules_to_save": trained_whole or None,
         "fan_in_fan_out": any(target.kind == "Conv1D" for target in plan.targets),
         "init_lora_weights": True,
     }

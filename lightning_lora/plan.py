@@ -54,13 +54,18 @@ class TrainedParameter:
 
     Attributes:
         name: Full name.
-        numel: Number of elements.
+        shape: Its shape.
         reason: ``"bias"``, ``"norm"``, ``"embedding"`` or ``"whole"``.
     """
 
     name: str
-    numel: int
+    shape: tuple[int, ...]
     reason: str
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return _product(self.shape)
 
 
 @dataclass(frozen=True)

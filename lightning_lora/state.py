@@ -12,6 +12,7 @@ from lightning_lora.errors import CheckpointError, ConfigError
 from lightning_lora.fingerprint import fingerprint
 from lightning_lora.injection import Injection, persistent_buffers, require_injection
 from lightning_lora.names import clean_name, listed, modules_by_name
+from lightning_lora.sharded import reshard, write
 
 FORMAT_VERSION = 1
 METADATA_KEY = "lightning_lora"
@@ -29,12 +30,14 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
         model: The module that LoRA was injected into.
 
     Returns:
-        Detached tensors by name, sharing memory with the model.
+        Detached tensors by name, sharing memory with the model; shards (`DTensor`) where the model
+        is sharded.
 
     Raises:
         ConfigError: The model has no LoRA.
     """
     record = require_injection(model)
+    reshard(model)
     state = {name: parameter.detach() for name, parameter in _trained(model, record).items()}
     required = _required_buffers(model, record)
     for name, buffer in persistent_buffers(model).items():
@@ -51,7 +54,7 @@ def load_adapter_state_dict(
 
     Args:
         model: The module that LoRA was injected into, with the same settings.
-        state: Tensors by name.
+        state: Whole tensors by name, also for a sharded model.
         source: What to call the state in errors, for instance its path.
 
     Raises:
@@ -64,13 +67,13 @@ def load_adapter_state_dict(
             "The model is merged. Call unmerge_lora(model) before loading, or use swap_adapter."
         )
     audit_state(model, state, source)
+    reshard(model)
     buffers = persistent_buffers(model)
-    with torch.no_grad():
-        for name, tensor in {**_trained(model, record), **buffers}.items():
-            if name in state:
-                tensor.copy_(state[name])
-            elif name in record.buffers:
-                tensor.copy_(record.buffers[name])
+    for name, tensor in {**_trained(model, record), **buffers}.items():
+        if name in state:
+            write(tensor, state[name])
+        elif name in record.buffers:
+            write(tensor, record.buffers[name])
 
 
 def audit_state(model: nn.Module, state: Mapping[str, Tensor], source: str = "the adapter") -> None:
@@ -80,16 +83,16 @@ def audit_state(model: nn.Module, state: Mapping[str, Tensor], source: str = "th
         CheckpointError: What is missing, unexpected or of another shape, and what to do about it.
     """
     record = require_injection(model)
-    expected: dict[str, Tensor] = dict(_trained(model, record))
-    buffers = persistent_buffers(model)
+    buffers = {name: tuple(buffer.shape) for name, buffer in persistent_buffers(model).items()}
+    shapes = trained_shapes(record)
+    expected = {name: shapes[name] for name in _trained(model, record)}
     expected.update({name: buffers[name] for name in _required_buffers(model, record)})
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected and name not in buffers]
-    known = {**buffers, **expected}
     misshapen = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in known.items()
-        if name in state and state[name].shape != tensor.shape
+        f"{name} {tuple(state[name].shape)} instead of {shape}"
+        for name, shape in {**buffers, **expected}.items()
+        if name in state and tuple(state[name].shape) != shape
     ]
     if not (missing or unexpected or misshapen):
         return
@@ -123,7 +126,7 @@ def base_fingerprint(model: nn.Module) -> str:
     """
     record = require_injection(model)
     if record.fingerprint is None:
-        record.fingerprint = fingerprint(_frozen(model, record))
+        record.fingerprint = fingerprint(frozen_parameters(model))
     return record.fingerprint
 
 
@@ -206,17 +209,25 @@ def _setting_differences(
             yield f"{key}: {old!r} in the checkpoint, {new!r} now"
 
 
-def _trained(model: nn.Module, record: Injection) -> dict[str, nn.Parameter]:
-    names = {parameter.name for parameter in record.plan.trained}
+def trained_shapes(record: Injection) -> dict[str, tuple[int, ...]]:
+    """The parameters that train, and the shapes they have when they are not sharded."""
+    shapes = {parameter.name: parameter.shape for parameter in record.plan.trained}
     for target in record.plan.targets:
         if target.tied_to is None:
-            names.update((f"{target.name}.lora.A", f"{target.name}.lora.B"))
+            shapes[f"{target.name}.lora.A"] = target.A_shape
+            shapes[f"{target.name}.lora.B"] = target.B_shape
+    return shapes
+
+
+def _trained(model: nn.Module, record: Injection) -> dict[str, nn.Parameter]:
+    names = trained_shapes(record)
     cleaned = ((clean_name(name), parameter) for name, parameter in model.named_parameters())
     return {name: parameter for name, parameter in cleaned if name in names}
 
 
-def _frozen(model: nn.Module, record: Injection) -> Iterator[Tensor]:
+def frozen_parameters(model: nn.Module) -> Iterator[Tensor]:
     """The frozen base in the order of the model, as it is without a merge."""
+    record = require_injection(model)
     trained = {id(parameter) for parameter in _trained(model, record).values()}
     modules = modules_by_name(model)
     # While merged, the weight of a layer may be a parameter of its own, untied from the original.

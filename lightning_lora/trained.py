@@ -81,4 +81,4 @@ def trained_parameters(
         else:
             continue
         found.add(first_name)
-        yield TrainedParameter(first_name, parameter.numel(), reason)
+        yield TrainedParameter(first_name, tuple(parameter.shape), reason)

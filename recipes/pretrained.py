@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_lora.errors import ConfigError, DataError, LightningLoRAError
+from lightning_lora.pretrained import NotPlainlyStored, missing_parameters, pretrained_on_meta
 from lightning_lora.recipes.files import BUNDLED, nearest, resolve_path
 
 # RoBERTa's relatives number positions from the padding index on and so take fewer tokens than
@@ -50,13 +51,15 @@ def resolve_model(name_or_path: str) -> str:
     return name_or_path
 
 
-def load_model(auto_class: str, name_or_path: str, **options: Any) -> Any:
+def load_model(auto_class: str, name_or_path: str, later: bool = False, **options: Any) -> Any:
     """Load a model with its task's head, in training mode, and say which weights are new.
 
     Args:
         auto_class: The `transformers` class that picks the architecture, such as
             `"AutoModelForSequenceClassification"`.
         name_or_path: As in `resolve_model`.
+        later: Leave the weights on disk for `lightning_lora.FSDP2Strategy`, of which each process
+            reads its own part; a model that cannot be loaded so is loaded at once.
         **options: Passed on to `from_pretrained`.
 
     Raises:
@@ -71,6 +74,13 @@ def load_model(auto_class: str, name_or_path: str, **options: Any) -> Any:
             source, trust_remote_code=options.get("trust_remote_code", False)
         )
         _require_one_stack(config, name_or_path)
+        if later:
+            try:
+                model = pretrained_on_meta(getattr(transformers, auto_class), source, **options)
+                _say_fresh(name_or_path, missing_parameters(model))
+                return model
+            except NotPlainlyStored as reason:
+                rank_zero_info(f"{reason} So every process loads the whole model.")
         model, report = getattr(transformers, auto_class).from_pretrained(
             source, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
@@ -81,14 +91,17 @@ def load_model(auto_class: str, name_or_path: str, **options: Any) -> Any:
             "its head was trained on another number of classes. Start from the base model, or "
             "set the same class names."
         )
-    fresh = sorted(report["missing_keys"])
-    if fresh:
-        rank_zero_info(
-            f"{name_or_path} holds no {', '.join(fresh)}: newly initialised, unless a checkpoint "
-            "brings them."
-        )
+    _say_fresh(name_or_path, sorted(report["missing_keys"]))
     # from_pretrained leaves dropout off, and the Trainer keeps each module's mode as it finds it.
     return model.train()
+
+
+def _say_fresh(name_or_path: str, names: list[str]) -> None:
+    if names:
+        rank_zero_info(
+            f"{name_or_path} holds no {', '.join(names)}: newly initialised, unless a checkpoint "
+            "brings them."
+        )
 
 
 def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> Any:

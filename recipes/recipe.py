@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
+from lightning_lora import FSDP2Strategy
 from lightning_lora.recipes.optimization import build_optimizer, warmup_schedule
 from lightning_lora.recipes.pretrained import dtype_of, load_tokenizer
 
@@ -94,7 +95,9 @@ class RecipeModule(LightningModule):
 
     def load_options(self) -> dict[str, Any]:
         """Return what every recipe passes on to `load_model`."""
+        strategy = None if self._trainer is None else self._trainer.strategy
         return {
+            "later": isinstance(strategy, FSDP2Strategy),
             "dtype": dtype_of(self.hparams["dtype"]),
             "trust_remote_code": self.hparams["trust_remote_code"],
         }

@@ -80,20 +80,28 @@ class LoRAFactors(nn.Module):
         """
         if self.A.is_meta:
             return
+        with torch.no_grad():
+            self.A.copy_(self.initial_value("A", self.A.shape))
+            self.B.copy_(self.initial_value("B", self.B.shape))
+
+    def initial_value(self, factor: str, shape: Sequence[int]) -> Tensor:
+        """The whole of a factor as it starts, on the CPU.
+
+        Args:
+            factor: ``"A"`` or ``"B"``.
+            shape: Its shape, also where the parameter is a shard or on the meta device.
+        """
+        # On the CPU even inside `with torch.device(...)`: the draw must not depend on the device.
+        value = torch.zeros(*shape, dtype=getattr(self, factor).dtype, device="cpu")
+        if factor == self.zero:
+            return value
         digest = hashlib.blake2b(f"{self.seed}:{self.name}".encode(), digest_size=7).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big"))
-        drawn, zero = (self.B, self.A) if self.zero == "A" else (self.A, self.B)
-        # On the CPU even inside `with torch.device(...)`: the draw must not depend on the device.
-        values = torch.empty(drawn.shape, dtype=drawn.dtype, device="cpu")
-        if self.zero == "A":
-            values.normal_(generator=generator)
-        elif self.init == "gaussian":
-            values.normal_(std=1 / self.r, generator=generator)
-        else:
-            nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
-        with torch.no_grad():
-            drawn.copy_(values)
-            zero.zero_()
+        if factor == "B":
+            return value.normal_(generator=generator)
+        if self.init == "gaussian":
+            return value.normal_(std=1 / self.r, generator=generator)
+        return nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """A and B of the whole layer's update; sliced factors have zeros in the other rows of B."""

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_lora import FSDP2Strategy
 from lightning_lora.recipes.causal_lm.batches import PromptCollator
 from lightning_lora.recipes.predictions import replacing_file
 
@@ -101,13 +103,16 @@ class SamplePrompts(Callback):
         decoding = replace(decoding, max_new_tokens=min(decoding.max_new_tokens, _LONGEST))
         collate = PromptCollator(module.tokenizer.pad_token_id)
         texts: list[str] = []
+        generate = module.generate
+        if isinstance(trainer.strategy, FSDP2Strategy):
+            generate = partial(trainer.strategy.through_root, "generate")
         with _evaluating(module), trainer.precision_plugin.forward_context():
             for first in range(0, len(self._rows), _AT_A_TIME):
                 rows = self._rows[first : first + _AT_A_TIME]
                 batch = collate([{**row, "row": n} for n, row in enumerate(rows)])
                 for name in ("input_ids", "attention_mask"):
                     batch[name] = batch[name].to(module.device)
-                texts += module.generate(batch, decoding)
+                texts += generate(batch, decoding)
         return texts
 
 

@@ -1,0 +1,208 @@
+"""How a strategy lays a model out over processes, and what that means for an adapter's state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_lora.merging import merge_lora, refuse_ties, unmerge_lora
+from lightning_lora.pretrained import fill_parameters
+from lightning_lora.sharded import all_wholes, is_sharded, local, part_of, whole
+from lightning_lora.state import (
+    adapter_state_dict,
+    base_fingerprint,
+    frozen_parameters,
+    load_adapter_state_dict,
+)
+from lightning_lora.strategies.directories import is_directory, read_directory, save_directory
+
+
+class Replicated:
+    """The whole model in every process: one device, DDP."""
+
+    def __init__(self, strategy: Strategy) -> None:
+        self.strategy: Any = strategy
+
+    # Whether the strategy, and not Lightning's connector, has to restore the optimizers.
+    restores_optimizers = False
+
+    def setup(
+        self, original: Callable[[Trainer], None], trainer: Trainer, model: nn.Module
+    ) -> None:
+        """Set the strategy up around an injected model."""
+        fill_parameters(model, torch.device("cpu"))
+        original(trainer)
+
+    def state(self, model: nn.Module) -> dict[str, Tensor]:
+        """The adapter's state as a checkpoint holds it; a collective call."""
+        return adapter_state_dict(model)
+
+    def optimizer_state(self, original: Any, optimizer: Optimizer) -> dict[str, Any]:
+        """An optimizer's state as a checkpoint holds it; a collective call."""
+        state: dict[str, Any] = original(optimizer)
+        return state
+
+    def load_state(self, model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+        """Load what `state` gave."""
+        load_adapter_state_dict(model, state, source)
+
+    def check_merge(self, model: nn.Module) -> None:
+        """Refuse, before the fit, what could not be merged after it."""
+
+    def merge(self, model: nn.Module) -> None:
+        """Merge the factors into the base; a collective call."""
+        merge_lora(model)
+
+    def unmerge(self, model: nn.Module) -> None:
+        """Restore the exact base; a collective call."""
+        unmerge_lora(model)
+
+    def save(self, original: Any, checkpoint: dict[str, Any], path: Any, **options: Any) -> None:
+        """Write a checkpoint; a collective call."""
+        original(checkpoint, path, **options)
+
+    def read(self, original: Any, path: Any, **options: Any) -> dict[str, Any]:
+        """Read a checkpoint, a file or a folder, whichever strategy has written it."""
+        if is_directory(path):
+            return read_directory(path)
+        checkpoint: dict[str, Any] = original(path, **options)
+        return checkpoint
+
+    def load_optimizer(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+        """Load what `optimizer_state` gave."""
+        optimizer.load_state_dict(dict(state))
+
+
+class Sharded(Replicated):
+    """Parameters sharded by `torch.distributed.fsdp.fully_shard`."""
+
+    restores_optimizers = True
+
+    @property
+    def _as_directory(self) -> bool:
+        return bool(self.strategy._save_distributed_checkpoint)
+
+    @override
+    def setup(
+        self, original: Callable[[Trainer], None], trainer: Trainer, model: nn.Module
+    ) -> None:
+        self.agree(model)
+        original(trainer)
+
+    @override
+    def check_merge(self, model: nn.Module) -> None:
+        refuse_ties(model)
+
+    def agree(self, model: nn.Module) -> None:
+        """Make the base the same in all processes before it is sharded, as DDP does."""
+        trained = [p for p in model.parameters() if p.requires_grad]
+        frozen = list(frozen_parameters(model))
+        if any(p.is_meta or is_sharded(p) for p in [*trained, *frozen]):
+            return
+        # Shards of a head that was initialised without a seed would come from different draws.
+        self._broadcast([*trained, *model.buffers()])
+        mine = base_fingerprint(model)
+        first = self.strategy.broadcast(mine)
+        differs = torch.tensor(int(mine != first), device=self.strategy.root_device)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(differs)
+        if differs:
+            self._broadcast(frozen)
+
+    def _broadcast(self, tensors: list[Tensor]) -> None:
+        if not torch.distributed.is_initialized():
+            return
+        device = self.strategy.root_device
+        for tensor in tensors:
+            moved = tensor.detach().to(device).contiguous()
+            torch.distributed.broadcast(moved, src=0)
+            tensor.detach().copy_(moved)
+
+    @override
+    def state(self, model: nn.Module) -> dict[str, Tensor]:
+        state = adapter_state_dict(model)
+        return state if self._as_directory else all_wholes(state)
+
+    @override
+    def optimizer_state(self, original: Any, optimizer: Optimizer) -> dict[str, Any]:
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer._optimizer
+        state = optimizer.state_dict()
+        gather = (lambda t: t.detach()) if self._as_directory else (lambda t: whole(t).cpu())
+        state["state"] = {
+            index: {
+                key: gather(value) if isinstance(value, Tensor) else value
+                for key, value in values.items()
+            }
+            for index, values in state["state"].items()
+        }
+        return state
+
+    @override
+    def save(self, original: Any, checkpoint: dict[str, Any], path: Any, **options: Any) -> None:
+        path = Path(self.strategy.broadcast(path))
+        if self._as_directory:
+            save_directory(checkpoint, path)
+        else:
+            original(checkpoint, path, **options)
+
+    @override
+    def read(self, original: Any, path: Any, **options: Any) -> dict[str, Any]:
+        # Rank 0's path may hold a time or a version that other ranks do not know.
+        path = self.strategy.broadcast(path)
+        if is_directory(path):
+            return read_directory(path)
+        checkpoint: dict[str, Any] = self.strategy.checkpoint_io.load_checkpoint(
+            path, weights_only=options.get("weights_only")
+        )
+        return checkpoint
+
+    @override
+    def load_optimizer(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        shards = {
+            index: {
+                key: _shard(value, parameters[index]) if isinstance(value, Tensor) else value
+                for key, value in values.items()
+            }
+            for index, values in state["state"].items()
+        }
+        optimizer.load_state_dict({**state, "state": shards})
+
+
+def _shard(value: Tensor, parameter: Tensor) -> Tensor:
+    """A state in the layout of its parameter; states of other shapes (step counts) as they are."""
+    if not is_sharded(parameter) or value.shape != parameter.shape:
+        return value
+    from torch.distributed.tensor import DTensor
+
+    like: Any = parameter
+    part = part_of(value, parameter).to(device=local(parameter).device, copy=True)
+    return DTensor.from_local(
+        part,
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
+
+
+def sharding_of(strategy: Strategy) -> Replicated:
+    """The layout that belongs to a strategy."""
+    if isinstance(strategy, ModelParallelStrategy):
+        return Sharded(strategy)
+    if isinstance(strategy, FSDPStrategy):
+        from lightning_lora.strategies.fsdp1 import FlatSharded
+
+        return FlatSharded(strategy)
+    return Replicated(strategy)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -28,6 +30,28 @@ def peft_alpha(module: nn.Module, target: Target, use_rslora: bool) -> float:
     return target.alpha * (math.sqrt(k) if use_rslora else k)
 
 
+def refuse_for_peft(module: nn.Module, target: Target) -> None:
+    """PEFT must compute the same with a layer.
+
+    Raises:
+        CheckpointError: It computes something else, or cannot adapt the layer.
+    """
+    if target.slices is not None and target.slices.widths is not None:
+        raise CheckpointError(
+            f"PEFT cannot adapt {target.name!r}: its query, key and value projections have "
+            "separate weights. Export the merged model."
+        )
+    if not isinstance(module, _ConvNd):
+        return
+    if any(step != 1 for step in module.dilation) or module.padding_mode != "zeros":
+        raise CheckpointError(
+            f"PEFT leaves dilation and padding_mode out of the factors of a convolution, and "
+            f"{target.name!r} has dilation={module.dilation} and "
+            f"padding_mode={module.padding_mode!r}: it would compute something else. Export the "
+            "merged model."
+        )
+
+
 def peft_factor(module: nn.Module, target: Target, leaf: str, value: Tensor) -> tuple[str, Tensor]:
     """PEFT's name (behind the layer's) and value of a factor.
 
@@ -36,19 +60,52 @@ def peft_factor(module: nn.Module, target: Target, leaf: str, value: Tensor) -> 
         target: Its target.
         leaf: ``"A"`` or ``"B"``.
         value: The factor, whole.
-
-    Raises:
-        CheckpointError: PEFT computes something else with this layer.
     """
     if target.slices is not None and leaf == "B":
         value = target.slices.spread(value)
     if isinstance(module, nn.Embedding):
         return f"lora_embedding_{leaf}", value
-    if isinstance(module, _ConvNd):
-        _refuse_convolution(module, target)
-        if leaf == "A":
-            value = _over_all_channels(value, module.groups)
+    if isinstance(module, _ConvNd) and leaf == "A":
+        value = _over_all_channels(value, module.groups)
     return f"lora_{leaf}.weight", value
+
+
+def attention_of(name: str, targets: Mapping[str, Target], modules: Mapping[str, nn.Module]) -> str:
+    """The adapted `torch.nn.MultiheadAttention` whose output projection a layer is, or ``""``.
+
+    To PEFT the two are one layer with one rank, and the projection has no settings of its own.
+
+    Args:
+        name: Name of an adapted layer.
+        targets: All targets by name.
+        modules: The model's modules by name.
+
+    Raises:
+        CheckpointError: The projection has another rank or alpha than PEFT would give it.
+    """
+    outer = name.rpartition(".")[0]
+    if outer not in targets or not isinstance(modules[outer], nn.MultiheadAttention):
+        return ""
+    inner, around = targets[name], targets[outer]
+    k = peft_multiple(modules[outer], around)
+    if (inner.r, inner.alpha) != (k * around.r, k * around.alpha):
+        raise CheckpointError(
+            f"PEFT has one rank and alpha for {outer!r} and its output projection. Give them the "
+            "same, and adapt the whole of it."
+        )
+    return outer
+
+
+def without_effect(module: nn.Module, target: Target) -> dict[str, Tensor]:
+    """Factors without effect for the output projection of an attention, which PEFT adapts whenever
+    it adapts the attention.
+    """
+    assert isinstance(module, nn.MultiheadAttention)
+    r = peft_multiple(module, target) * target.r
+    return {
+        "A": torch.zeros(r, module.embed_dim),
+        "B": torch.zeros(module.embed_dim, r),
+    }
 
 
 def _over_all_channels(A: Tensor, groups: int) -> Tensor:
@@ -60,13 +117,3 @@ def _over_all_channels(A: Tensor, groups: int) -> Tensor:
     for number, (rows, block) in enumerate(zip(wide.chunk(groups), A.chunk(groups), strict=True)):
         rows[:, number * channels : (number + 1) * channels] = block
     return wide
-
-
-def _refuse_convolution(module: _ConvNd, target: Target) -> None:
-    for name, plain in (("dilation", 1), ("padding_mode", "zeros")):
-        value = getattr(module, name)
-        if any(part != plain for part in (value if isinstance(value, tuple) else (value,))):
-            raise CheckpointError(
-                f"PEFT leaves {name} out of the factors of a convolution, and {target.name!r} has "
-                f"{name}={value}: PEFT would compute something else. Export the merged model."
-            )

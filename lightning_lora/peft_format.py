@@ -14,7 +14,14 @@ from lightning_lora.errors import CheckpointError
 from lightning_lora.injection import require_injection
 from lightning_lora.matching import key_matches, suffix_matches
 from lightning_lora.names import modules_by_name
-from lightning_lora.peft_factors import peft_alpha, peft_factor, peft_multiple
+from lightning_lora.peft_factors import (
+    attention_of,
+    peft_alpha,
+    peft_factor,
+    peft_multiple,
+    refuse_for_peft,
+    without_effect,
+)
 from lightning_lora.plan import Target
 from lightning_lora.sharded import whole
 from lightning_lora.state import adapter_state_dict
@@ -59,8 +66,17 @@ def to_peft_tensors(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
             f"PEFT cannot express factors that tied layers share ({tied[0]}). Leave one of them "
             "out with exclude_modules."
         )
+    for name, target in adapted.items():
+        refuse_for_peft(modules[name], target)
+    # The output projection of an attention lies behind PEFT's layer for the attention.
+    paths = {
+        name: f"{outer}.base_layer.out_proj" if outer else name
+        for name in adapted
+        for outer in [attention_of(name, adapted, modules)]
+    }
     tensors = {}
-    for name, tensor in adapter_state_dict(model).items():
+    for name, sharded in adapter_state_dict(model).items():
+        tensor = whole(sharded)
         if not name.startswith(prefix):
             raise CheckpointError(
                 f"{name} is trained but lies outside {prefix.rstrip('.')!r}, which is exported."
@@ -69,12 +85,18 @@ def to_peft_tensors(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
         if owner.endswith(".lora") and owner.removesuffix(".lora") in adapted:
             layer = owner.removesuffix(".lora")
             theirs, tensor = peft_factor(modules[layer], adapted[layer], leaf, tensor)
-            key = f"{layer}.{theirs}"
+            key = f"{paths[layer]}.{theirs}"
         elif owner in adapted:
-            key = f"{owner}.base_layer.{leaf}"
+            key = f"{paths[owner]}.base_layer.{leaf}"
         else:
             key = name
-        tensors[_PREFIX + key.removeprefix(prefix)] = whole(tensor).cpu().contiguous()
+        tensors[_PREFIX + key.removeprefix(prefix)] = tensor.cpu().contiguous()
+    for name, target in adapted.items():
+        module = modules[name]
+        if isinstance(module, nn.MultiheadAttention) and f"{name}.out_proj" not in adapted:
+            for leaf, tensor in without_effect(module, target).items():
+                key = f"{name}.base_layer.out_proj.lora_{leaf}.weight"
+                tensors[_PREFIX + key.removeprefix(prefix)] = tensor
     return tensors
 
 
@@ -83,7 +105,9 @@ def to_peft_config(model: nn.Module, prefix: str = "") -> dict[str, Any]:
     record = require_injection(model)
     config, plan = record.config, record.plan
     part = model.get_submodule(prefix.rstrip("."))
-    names = [target.name.removeprefix(prefix) for target in plan.targets]
+    modules, adapted = modules_by_name(model), {target.name: target for target in plan.targets}
+    targets = [t for t in plan.targets if not attention_of(t.name, adapted, modules)]
+    names = [target.name.removeprefix(prefix) for target in targets]
     trained_whole = [name.removeprefix(prefix) for name in plan.saved_modules]
     for parameter in plan.trained:
         owner = parameter.name.rpartition(".")[0].removeprefix(prefix)
@@ -94,8 +118,7 @@ def to_peft_config(model: nn.Module, prefix: str = "") -> dict[str, Any]:
         # To PEFT a key is a regex for the end of a name; the ^ makes it the whole name.
         return "^" + re.escape(target.name.removeprefix(prefix))
 
-    modules = modules_by_name(model)
-    layers = [(modules[target.name], target) for target in plan.targets]
+    layers = [(modules[target.name], target) for target in targets]
     ranks = [peft_multiple(module, target) * target.r for module, target in layers]
     alphas = [peft_alpha(module, target, config.use_rslora) for module, target in layers]
     r, alpha = _default(ranks, config.r), _default(alphas, config.alpha)
@@ -112,9 +135,9 @@ def to_peft_config(model: nn.Module, prefix: str = "") -> dict[str, Any]:
         "lora_alpha": alpha,
         "lora_dropout": config.dropout,
         "target_modules": _short_names(part, names),
-        "rank_pattern": {key(t): n for t, n in zip(plan.targets, ranks, strict=True) if n != r},
+        "rank_pattern": {key(t): n for t, n in zip(targets, ranks, strict=True) if n != r},
         "alpha_pattern": {
-            key(t): value for t, value in zip(plan.targets, alphas, strict=True) if value != alpha
+            key(t): value for t, value in zip(targets, alphas, strict=True) if value != alpha
         },
         "bias": config.bias,
         "use_rslora": config.use_rslora,
@@ -162,6 +185,8 @@ def from_peft_config(
         targets = "|".join(re.escape(name) for name in adapted)
     else:
         targets = sorted(t for t in targets if any(suffix_matches(t, name) for name in adapted))
+        # PEFT adapts the output projection of an attention without naming it.
+        targets += [n for n in adapted if not any(suffix_matches(t, n) for t in targets)]
     owners = {name.rpartition(".")[0] for name in state}
     whole = [
         wanted

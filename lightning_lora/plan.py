@@ -28,6 +28,7 @@ class Target:
         tied_to: Name of an earlier target with the same weight, whose factors this layer shares.
         slices: The parts of a fused projection that are adapted, each with rank r; ``None`` if the
             whole layer is.
+        weights: Names of the layer's parameters that the update is added to.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Target:
     B_shape: tuple[int, ...]
     tied_to: str | None = None
     slices: Slices | None = None
+    weights: tuple[str, ...] = ("weight",)
 
     @property
     def parameters(self) -> int:

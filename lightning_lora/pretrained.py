@@ -304,9 +304,7 @@ def _add_generation_config(model: Any, name_or_path: str) -> None:
 class _EmptyOnMeta(TorchFunctionMode):
     """Parameters begin as `torch.empty`; buffers as computed values."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch.empty and kwargs.get("device") is None:
             kwargs["device"] = "meta"

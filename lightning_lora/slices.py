@@ -22,10 +22,15 @@ class Slices:
     section 4.2). They are stored as one A, shape ``(k * r, in)``, and one B, shape ``(rows, r)``,
     part after part, where k is the number of adapted parts and ``rows`` the sum of their rows.
 
+    Projections with inputs of their own (`torch.nn.MultiheadAttention` with other widths of keys
+    and values) are parts of no common weight; their A holds part beside part, shape ``(r, sum of
+    widths)``.
+
     Args:
         parts: Name and rows in one group of each part, in the order of the weight.
         adapted: Names of the parts that are adapted, in the order of the weight.
         groups: Number of blocks.
+        widths: Input width of each part where parts have inputs of their own.
 
     Example:
         >>> heads = Slices((("q", 2), ("k", 2), ("v", 2)), ("q", "v"), groups=4)
@@ -36,6 +41,7 @@ class Slices:
     parts: tuple[tuple[str, int], ...]
     adapted: tuple[str, ...]
     groups: int = 1
+    widths: tuple[int, ...] | None = None
 
     @property
     def out_rows(self) -> int:
@@ -48,7 +54,24 @@ class Slices:
         """Shapes of the stored factors, from those of factors for the whole projection."""
         r, *rest = A_shape
         rows = self.groups * sum(rows for name, rows in self.parts if name in self.adapted)
+        columns = self.adapted_widths()
+        if columns is not None:
+            return (r, sum(columns)), (rows, *B_shape[1:])
         return (len(self.adapted) * r, *rest), (rows, *B_shape[1:])
+
+    def adapted_widths(self) -> list[int] | None:
+        """Input widths of the adapted parts where parts have inputs of their own."""
+        if self.widths is None:
+            return None
+        widths = zip(self.parts, self.widths, strict=True)
+        return [width for (name, _), width in widths if name in self.adapted]
+
+    def blocks(self, A: Tensor, B: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """A ``(r, width)`` and B ``(rows, r)`` of each adapted part that has inputs of its own."""
+        columns, sizes = self.adapted_widths(), dict(self.parts)
+        assert columns is not None
+        pairs = zip(A.split(columns, 1), B.split([sizes[n] for n in self.adapted]), strict=True)
+        return dict(zip(self.adapted, pairs, strict=True))
 
     def spread(self, B: Tensor) -> Tensor:
         """The B for the whole projection: ``spread(B) @ A`` is the update, zero in other rows.

@@ -6,13 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import TargetError
 from lightning_lora.fused import fused_projections, query_and_value
 from lightning_lora.heads import output_heads
-from lightning_lora.layers import LoRAFactors, LoRALayer, adapted_class, supported_layers
+from lightning_lora.layers import adapted_class, supported_layers
 from lightning_lora.matching import (
     in_attention,
     inside,
@@ -22,7 +21,8 @@ from lightning_lora.matching import (
     suffix_matches,
     suggest,
 )
-from lightning_lora.names import clean_name, modules_by_name
+from lightning_lora.names import modules_by_name
+from lightning_lora.obstacles import attention_around, find_obstacles, refuse_lazy
 from lightning_lora.plan import Plan, Target
 from lightning_lora.slices import Slices
 from lightning_lora.trained import saved_modules, trained_parameters
@@ -41,10 +41,10 @@ def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
         TargetError: A pattern matched nothing (with the nearest names), or a layer that cannot be
             adapted.
     """
-    _refuse_lazy(model)
+    refuse_lazy(model)
     modules = modules_by_name(model)
     saved = saved_modules(modules, config)
-    obstacles = {name: _obstacle(name, module, modules) for name, module in modules.items()}
+    obstacles = find_obstacles(modules, config.dropout)
     slices = _slices(modules, config, saved, obstacles)
     names, matches, skipped = _target_names(modules, config, saved, obstacles, slices)
     targets = tuple(_targets(modules, names, config, slices))
@@ -76,7 +76,7 @@ def _target_names(
         asked = [
             name
             for name, module in modules.items()
-            if (_in_preset(str(wanted), name) or name in slices)
+            if _in_preset(str(wanted), name, module, slices)
             and not inside(name, heads)
             and _is_linear(module)
         ]
@@ -102,6 +102,13 @@ def _target_names(
         if not inside(name, saved)
         and not (config.train_embeddings and isinstance(modules[name], nn.Embedding))
     ]
+    for name in chosen:
+        outer = attention_around(name, modules)
+        if outer is not None and outer not in chosen:
+            raise TargetError(
+                f"{name!r} is run by {outer!r}, which reads its weights instead of calling it: "
+                f"adapt {outer.rpartition('.')[-1]!r} too, or leave both out."
+            )
     if not chosen:
         raise TargetError(
             f"No layer is left to adapt: target_modules={wanted!r} matched only layers that "
@@ -116,10 +123,11 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or (adapted is not None and adapted.is_linear)
 
 
-def _in_preset(preset: str, name: str) -> bool:
+def _in_preset(preset: str, name: str, module: nn.Module, slices: dict[str, Slices]) -> bool:
+    is_attention = isinstance(module, nn.MultiheadAttention)
     if preset == "qv":
-        return is_query_or_value(name)
-    return preset == "all-linear" or in_attention(name)
+        return is_query_or_value(name) or name in slices or is_attention
+    return preset == "all-linear" or in_attention(name) or is_attention
 
 
 def _explicit(
@@ -194,54 +202,21 @@ def _excluded(name: str, config: LoRAConfig) -> bool:
     return excluded is not None and bool(pattern_matches(excluded, name))
 
 
-def _obstacle(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> str | None:
-    """Why a module cannot be adapted, or ``None``."""
-    if isinstance(module, (LoRALayer, LoRAFactors)):
-        return "it has been adapted already"
-    adapted = adapted_class(type(module))
-    if not name or adapted is None:
-        types = ", ".join(supported_layers())
-        why = f"{type(module).__name__} is not a supported layer type ({types})"
-        if isinstance(module, nn.Linear):
-            why += "; it overrides forward, so register a layer class for it with register_layer"
-        return why
-    if (obstacle := adapted.obstacle(module)) is not None:
-        return obstacle
-    if "weight" not in module._parameters:
-        return "its weight is computed by a parametrization, which a merge could not undo"
-    if hasattr(module, "lora"):
-        return "it has an attribute called lora already"
-    parent = modules.get(name.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
-        return "projects inside nn.MultiheadAttention, which bypasses the layer's forward"
-    if "forward" in module.__dict__:
-        return (
-            "its forward was replaced on the instance (by a device map of accelerate, for "
-            "instance), which would bypass LoRA; load the model without device_map"
-        )
-    return None
-
-
-def _refuse_lazy(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if is_lazy(parameter):
-            raise TargetError(
-                f"The shape of {clean_name(name)!r} is unknown until its module has run: pass one "
-                "batch through the model first, or give the layer its sizes."
-            )
-
-
 def _slices(
     modules: dict[str, nn.Module],
     config: LoRAConfig,
     saved: tuple[str, ...],
     obstacles: dict[str, str | None],
 ) -> dict[str, Slices]:
-    """The parts of fused projections that the settings adapt, by the projection's name."""
-    if config.target_modules != "qv":
-        return {}
+    """The parts of layers that have factors of their own, by the layer's name."""
     found = {}
-    for name in fused_projections(modules):
+    for name, module in modules.items():
+        adapted = adapted_class(type(module))
+        if adapted is not None and obstacles[name] is None:
+            parts = adapted.slices(module, query_and_value=config.target_modules == "qv")
+            if parts is not None:
+                found[name] = parts
+    for name in fused_projections(modules) if config.target_modules == "qv" else ():
         if _excluded(name, config) or inside(name, saved):
             continue
         adapted = adapted_class(type(modules[name]))
@@ -273,7 +248,8 @@ def _targets(
         parts = slices.get(name)
         if parts is not None:
             A_shape, B_shape = parts.shapes(A_shape, B_shape)
-        first = first_with.setdefault(id(module.weight), name)
+        weights = adapted.weights(module, parts)
+        first = first_with.setdefault(id(getattr(module, weights[0])), name)
         if shapes.setdefault(first, (A_shape, B_shape)) != (A_shape, B_shape):
             raise TargetError(
                 f"{name!r} and {first!r} share one weight, but their factors have other shapes "
@@ -290,6 +266,7 @@ def _targets(
             B_shape=B_shape,
             tied_to=None if first == name else first,
             slices=parts,
+            weights=weights,
         )
 
 

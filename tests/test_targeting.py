@@ -217,18 +217,20 @@ def test_ranks_and_alphas_by_pattern() -> None:
 
 def test_the_output_projection_inside_multihead_attention() -> None:
     model = AttentionNet()
-    plan = plan_for(model)
+    layers = ["encoder.layers.0.self_attn", "encoder.layers.1.self_attn", "attention"]
+    plan = plan_for(model, target_modules="attention")
+    assert names(plan) == [f"{layer}{leaf}" for layer in layers for leaf in ("", ".out_proj")]
+    assert names(plan_for(model, target_modules="qv")) == layers
+    assert len(names(plan_for(model))) == 6 + 5
+    assert "adapt 'self_attn' too, or leave" in refusal(model, target_modules=["out_proj"])
+    plan = plan_for(model, dropout=0.1)
     assert names(plan) == [
         *(f"encoder.layers.{i}.linear{j}" for i in range(2) for j in (1, 2)),
         "head",
     ]
-    skipped = [name for name, _ in plan.skipped]
-    assert skipped == [
-        *(f"encoder.layers.{i}.self_attn.out_proj" for i in range(2)),
-        "attention.out_proj",
-    ]
-    assert "bypasses the layer's forward" in refusal(model, target_modules=["out_proj"])
-    assert "bypasses the layer's forward" in refusal(model, target_modules="attention")
+    assert {name for name, _ in plan.skipped} == {*layers, *(f"{n}.out_proj" for n in layers)}
+    said = refusal(model, target_modules="attention", dropout=0.1)
+    assert "no place for dropout on the adapter's input; set dropout to 0" in said
     plan = plan_for(
         model,
         target_modules=["linear1", "out_proj"],

@@ -1,5 +1,6 @@
 """The layer kinds that can be adapted, one a file."""
 
+from lightning_lora.layers.attention import LoRAMultiheadAttention
 from lightning_lora.layers.base import LoRALayer, adapted_class, register_layer, supported_layers
 from lightning_lora.layers.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lightning_lora.layers.embedding import LoRAEmbedding
@@ -14,6 +15,7 @@ __all__ = [
     "LoRAFactors",
     "LoRALayer",
     "LoRALinear",
+    "LoRAMultiheadAttention",
     "adapted_class",
     "register_layer",
     "supported_layers",

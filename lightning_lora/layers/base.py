@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import TargetError
 from lightning_lora.layers.factors import LoRAFactors
+from lightning_lora.slices import Slices
 
 
 class LoRALayer(nn.Module):
@@ -36,13 +37,38 @@ class LoRALayer(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def obstacle(cls, module: nn.Module) -> str | None:
-        """Why this very module cannot be adapted, or ``None``."""
+    def weights(cls, module: nn.Module, slices: Slices | None = None) -> tuple[str, ...]:
+        """Names of the parameters of ``module`` that are adapted.
+
+        Args:
+            module: The layer.
+            slices: The parts that have factors, if not all.
+        """
+        return ("weight",)
+
+    @classmethod
+    def slices(cls, module: nn.Module, query_and_value: bool) -> Slices | None:
+        """The parts of ``module`` that have factors of their own; ``None`` where one pair serves
+        all of it.
+
+        Args:
+            module: The layer.
+            query_and_value: Whether W_q and W_v alone are wanted, of a layer that knows them.
+        """
+        return None
+
+    @classmethod
+    def obstacle(cls, module: nn.Module, dropout: float) -> str | None:
+        """Why this very module cannot be adapted with this dropout, or ``None``."""
         return None
 
     def delta_weight(self) -> Tensor:
         """The update of the base weight, in the weight's shape and the factors' dtype."""
         raise NotImplementedError
+
+    def delta_weights(self) -> dict[str, Tensor]:
+        """The update of each adapted parameter, by the parameter's name."""
+        return {"weight": self.delta_weight()}
 
 
 # Layers of packages that are imported only where a model brings them, and where each is adapted.

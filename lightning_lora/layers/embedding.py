@@ -40,7 +40,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         return (r, module.num_embeddings), (module.embedding_dim, r)
 
     @classmethod
-    def obstacle(cls, module: nn.Module) -> str | None:
+    def obstacle(cls, module: nn.Module, dropout: float) -> str | None:
         """``max_norm`` rules an embedding out."""
         if getattr(module, "max_norm", None) is not None:
             return (

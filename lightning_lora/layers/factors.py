@@ -101,11 +101,19 @@ class LoRAFactors(nn.Module):
             return value.normal_(generator=generator)
         if self.init == "gaussian":
             return value.normal_(std=1 / self.r, generator=generator)
-        return nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
+        widths = None if self.slices is None else self.slices.adapted_widths()
+        for part in value.split(widths or value.shape[1], dim=1):
+            nn.init.kaiming_uniform_(part, a=math.sqrt(5), generator=generator)
+        return value
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """A and B of the whole layer's update; sliced factors have zeros in the other rows of B."""
-        return self.A, self.B if self.slices is None else self.slices.spread(self.B)
+        """A and B of the whole layer's update; sliced factors have zeros in the other rows of B.
+
+        Parts with inputs of their own stay as they are stored, see `Slices.blocks`.
+        """
+        if self.slices is None or self.slices.widths is not None:
+            return self.A, self.B
+        return self.A, self.slices.spread(self.B)
 
     def forward(self, update: Callable[..., Tensor], *inputs: Any) -> Tensor:
         """Run ``update(*inputs, A, B, scaling, dropout)``, with A and B as `pair` gives them;

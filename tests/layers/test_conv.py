@@ -206,7 +206,7 @@ def test_what_peft_would_compute_otherwise_is_not_exported(
 ) -> None:
     model = net(2, kernel_size=3, **options)
     inject_lora(model, r=3, alpha=7, target_modules=["conv"])
-    with pytest.raises(CheckpointError, match=f"PEFT leaves {list(options)[-1]} out"):
+    with pytest.raises(CheckpointError, match="PEFT leaves dilation and padding_mode out"):
         save_adapter(model, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
 

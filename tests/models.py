@@ -134,6 +134,34 @@ _SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
         "OPTForCausalLM",
         {"ffn_dim": 24, "word_embed_proj_dim": 16, "pad_token_id": 1},
     ),
+    "mixtral": (
+        "MixtralForCausalLM",
+        {"num_key_value_heads": 1, "head_dim": 8, "num_local_experts": 3, "num_experts_per_tok": 2},
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        {"num_key_value_heads": 1, "head_dim": 8, "num_experts": 3, "num_experts_per_tok": 2}
+        | {"moe_intermediate_size": 24},
+    ),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        {"num_key_value_heads": 1, "head_dim": 8, "num_local_experts": 3, "num_experts_per_tok": 2}
+        | {"layer_types": ["full_attention", "sliding_attention"]},
+    ),
+    "clip": (
+        "CLIPModel",
+        {
+            "text_config": {**_SMALL, "projection_dim": 12, "bos_token_id": 1, "eos_token_id": 2},
+            "vision_config": {**_SMALL, "image_size": 8, "patch_size": 4, "projection_dim": 12},
+            "projection_dim": 12,
+        },
+    ),
+    "wav2vec2": (
+        "Wav2Vec2ForCTC",
+        {"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3)}
+        | {"num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4}
+        | {"num_conv_pos_embedding_groups": 2, "pad_token_id": 0},
+    ),
     "t5": (
         "T5ForConditionalGeneration",
         {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2},

@@ -25,7 +25,7 @@ from lightning_lora import (
     unmerge_lora,
 )
 from lightning_lora.errors import TargetError
-from lightning_lora.plan import Target
+from tests.attention import adapted_rows, distinct, rows_by_role
 from tests.models import assert_same, hugging_face, shake, snapshot
 
 FUSED = [
@@ -52,67 +52,13 @@ def output(model: nn.Module, tokens: Tensor = TOKENS) -> Tensor:
     return logits
 
 
-def influence(model: nn.Module, target: str, tokens: Tensor) -> Tensor:
-    """Which elements of a fused projection's output what the attention says of the last token
-    depends on; bool, shape (tokens, rows).
-    """
-    seen: dict[str, Tensor] = {}
-
-    def projected(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-        seen["in"] = out.detach().requires_grad_()
-        return seen["in"]
-
-    def attended(module: nn.Module, args: Any, out: Any) -> None:
-        seen["out"] = out[0] if isinstance(out, tuple) else out
-
-    layers = model.get_submodule(target), model.get_submodule(target.rpartition(".")[0])
-    hooks = [
-        layer.register_forward_hook(hook)
-        for layer, hook in zip(layers, (projected, attended), strict=True)
-    ]
-    model(input_ids=tokens)
-    for hook in hooks:
-        hook.remove()
-    last = seen["out"][0, -1]
-    weights = torch.randn(last.shape, generator=torch.Generator().manual_seed(0))
-    (grad,) = torch.autograd.grad((last * weights).sum(), seen["in"])
-    # Where a gradient is zero, rounding may leave 1e-8 of it.
-    return grad[0].abs() > 1e-6 * grad.abs().max()
-
-
-def rows_by_role(model: nn.Module, target: str) -> dict[str, list[int]]:
-    """Which rows are queries, keys and values, found out from what attention is.
-
-    Over a single token attention is constant, so only values count; and what is said of one token
-    does not depend on the queries of the others.
-    """
-    alone = influence(model, target, TOKENS[:1, :1])[0]
-    of_others = influence(model, target, TOKENS[:1])[0]
-    assert bool((alone <= of_others).all())
-    return {
-        "q": (~of_others).nonzero().flatten().tolist(),
-        "k": (of_others & ~alone).nonzero().flatten().tolist(),
-        "v": alone.nonzero().flatten().tolist(),
-    }
-
-
-def adapted_rows(target: Target) -> dict[str, list[int]]:
-    assert target.slices is not None
-    marks = target.slices.spread(torch.ones(target.B_shape))
-    blocks = marks.split(target.r, dim=1)
-    return {
-        part: block.any(1).nonzero().flatten().tolist()
-        for part, block in zip(target.slices.adapted, blocks, strict=True)
-    }
-
-
 @pytest.mark.parametrize("architecture", FUSED)
 def test_the_rows_are_those_of_the_queries_and_the_values(architecture: str) -> None:
-    model = hugging_face(architecture).double()
+    model = distinct(hugging_face(architecture))
     plan = inject_lora(copy.deepcopy(model), r=2, alpha=6, target_modules="qv")
     assert len(plan.targets) == 2
     for target in plan.targets:
-        roles = rows_by_role(model, target.name)
+        roles = rows_by_role(model, target.name, TOKENS[:1])
         assert min(len(rows) for rows in roles.values()) >= 4
         assert adapted_rows(target) == {"q": roles["q"], "v": roles["v"]}
 

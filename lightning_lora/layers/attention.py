@@ -29,8 +29,8 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
             ``(3 * embed_dim, embed_dim)``; ``None`` where keys or values have other widths: there
             ``q_proj_weight``, ``k_proj_weight`` and ``v_proj_weight`` hold one each, shape
             ``(embed_dim, width)``.
-        lora: The factors A ``(r, embed_dim)`` and B ``(3 * embed_dim, r)``; of separate projections,
-            a pair for each, see `lightning_lora.slices.Slices`.
+        lora: The factors A ``(r, embed_dim)`` and B ``(3 * embed_dim, r)``; separate projections
+            have a pair each, see `lightning_lora.slices.Slices`.
     """
 
     base_class = nn.MultiheadAttention

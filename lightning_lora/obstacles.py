@@ -60,6 +60,13 @@ def attention_around(name: str, modules: dict[str, nn.Module]) -> str | None:
     return outer if isinstance(modules.get(outer), nn.MultiheadAttention) else None
 
 
+def holds_experts(module: nn.Module) -> bool:
+    """Whether a module keeps the matrices of several experts in 3-D parameters."""
+    return "experts" in type(module).__name__.lower() and any(
+        parameter is not None and parameter.ndim == 3 for parameter in module._parameters.values()
+    )
+
+
 def refuse_lazy(model: nn.Module) -> None:
     """Shapes must be known.
 

@@ -38,8 +38,8 @@ def refuse_for_peft(module: nn.Module, target: Target) -> None:
     """
     if target.slices is not None and target.slices.widths is not None:
         raise CheckpointError(
-            f"PEFT cannot adapt {target.name!r}: its query, key and value projections have "
-            "separate weights. Export the merged model."
+            f"{target.name!r} keeps {', '.join(target.weights)} apart, which the adapter format "
+            "of PEFT does not express for it. Export the merged model."
         )
     if not isinstance(module, _ConvNd):
         return

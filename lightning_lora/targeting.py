@@ -22,7 +22,12 @@ from lightning_lora.matching import (
     suggest,
 )
 from lightning_lora.names import modules_by_name
-from lightning_lora.obstacles import attention_around, find_obstacles, refuse_lazy
+from lightning_lora.obstacles import (
+    attention_around,
+    find_obstacles,
+    holds_experts,
+    refuse_lazy,
+)
 from lightning_lora.plan import Plan, Target
 from lightning_lora.slices import Slices
 from lightning_lora.trained import saved_modules, trained_parameters
@@ -82,6 +87,9 @@ def _target_names(
         ]
         chosen = [name for name in asked if obstacles[name] is None]
         skipped += [(name, str(obstacles[name])) for name in asked if obstacles[name] is not None]
+        if wanted == "all-linear":
+            reason = "the weights of experts, which are adapted by name alone"
+            skipped += [(name, reason) for name, module in modules.items() if holds_experts(module)]
         if not chosen:
             hint = suggest("query", adaptable)
             if skipped:

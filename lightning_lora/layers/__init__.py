@@ -4,6 +4,7 @@ from lightning_lora.layers.attention import LoRAMultiheadAttention
 from lightning_lora.layers.base import LoRALayer, adapted_class, register_layer, supported_layers
 from lightning_lora.layers.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lightning_lora.layers.embedding import LoRAEmbedding
+from lightning_lora.layers.experts import LoRAExperts
 from lightning_lora.layers.factors import LoRAFactors
 from lightning_lora.layers.linear import LoRALinear
 
@@ -12,6 +13,7 @@ __all__ = [
     "LoRAConv2d",
     "LoRAConv3d",
     "LoRAEmbedding",
+    "LoRAExperts",
     "LoRAFactors",
     "LoRALayer",
     "LoRALinear",

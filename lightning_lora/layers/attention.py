@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_lora.functional import delta_weight
 from lightning_lora.layers.base import LoRALayer, register_layer
 from lightning_lora.slices import Slices
+from lightning_lora.stand_in import StandIn, summed, updated
 
 
 @register_layer
@@ -86,12 +87,12 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         """As `torch.nn.MultiheadAttention.forward`."""
         out_weight = self.out_proj.weight
         if isinstance(self.out_proj, LoRALayer):
-            out_weight = self.out_proj.lora(_updated, out_weight)
+            out_weight = self.out_proj.lora(updated, out_weight)
         weights = self.lora(self._updated_weights)
-        out = _StandIn(self.out_proj, {"weight": out_weight})
+        out = StandIn(self.out_proj, {"weight": out_weight})
         base: Any = self.base_class
         attended: tuple[Tensor, Tensor | None] = base.forward(
-            _StandIn(self, {**weights, "out_proj": out}), *args, **kwargs
+            StandIn(self, {**weights, "out_proj": out}), *args, **kwargs
         )
         return attended
 
@@ -100,25 +101,4 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
     ) -> dict[str, Tensor]:
         with torch.autocast(A.device.type, enabled=False):
             updates = self._updates(A, B, scaling)
-        return {name: _sum(getattr(self, name), update) for name, update in updates.items()}
-
-
-class _StandIn:
-    """A module with other values in the place of some of its attributes."""
-
-    def __init__(self, module: nn.Module, replaced: dict[str, Any]) -> None:
-        self.__dict__.update(replaced)
-        self._module = module
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-
-def _updated(weight: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float) -> Tensor:
-    # In the precision of the factors, as a merge computes it.
-    with torch.autocast(A.device.type, enabled=False):
-        return _sum(weight, delta_weight(A, B, scaling))
-
-
-def _sum(weight: Tensor, update: Tensor) -> Tensor:
-    return (weight.to(update.dtype) + update).to(weight.dtype)
+        return {name: summed(getattr(self, name), update) for name, update in updates.items()}

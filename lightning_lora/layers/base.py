@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import importlib
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -80,6 +81,7 @@ _ON_DEMAND = {
     ): "lightning_lora.layers.falcon",
 }
 _REGISTRY: dict[type[nn.Module], type[LoRALayer]] = {}
+_FAMILIES: dict[str, tuple[Callable[[type[nn.Module]], bool], type[LoRALayer]]] = {}
 _DERIVED: dict[type[nn.Module], type[LoRALayer]] = {}
 
 
@@ -102,11 +104,30 @@ def register_layer(adapted: type[LoRALayer]) -> type[LoRALayer]:
     return adapted
 
 
+def register_family(
+    label: str, matches: Callable[[type[nn.Module]], bool]
+) -> Callable[[type[LoRALayer]], type[LoRALayer]]:
+    """Make every layer type adaptable that a function recognises; a class decorator.
+
+    For types with a common interface and no common base class.
+
+    Args:
+        label: What the types are called in lists of what is supported.
+        matches: Whether a type belongs to the family.
+    """
+
+    def register(adapted: type[LoRALayer]) -> type[LoRALayer]:
+        _FAMILIES[label] = matches, adapted
+        return adapted
+
+    return register
+
+
 def supported_layers() -> tuple[str, ...]:
     """Names of the layer types that can be adapted."""
     registered = (f"{base.__module__}.{base.__qualname__}" for base in _REGISTRY)
     on_demand = (f"{module}.{name}" for module, name in _ON_DEMAND)
-    return tuple(dict.fromkeys([*registered, *on_demand]))
+    return tuple(dict.fromkeys([*registered, *on_demand, *_FAMILIES]))
 
 
 def adapted_class(layer: type[nn.Module]) -> type[LoRALayer] | None:
@@ -134,10 +155,16 @@ def adapted_class(layer: type[nn.Module]) -> type[LoRALayer] | None:
             bases = (_Derived, layer, adapted)
         else:
             continue
-        derived = type(f"LoRA{layer.__name__}", bases, {"base_class": layer})
-        _DERIVED[layer] = derived
-        return derived
+        return _derive(layer, bases)
+    for matches, adapted in _FAMILIES.values():
+        if matches(layer) and not issubclass(layer, LoRALayer):
+            return _derive(layer, (_Derived, adapted, layer))
     return None
+
+
+def _derive(layer: type[nn.Module], bases: tuple[type[nn.Module], ...]) -> type[LoRALayer]:
+    _DERIVED[layer] = type(f"LoRA{layer.__name__}", bases, {"base_class": layer})
+    return _DERIVED[layer]
 
 
 def _only_calls_super(forward: Any) -> bool:

@@ -88,11 +88,51 @@ _DERIVED: dict[type[nn.Module], type[LoRALayer]] = {}
 def register_layer(adapted: type[LoRALayer]) -> type[LoRALayer]:
     """Make a layer type adaptable; usable as a class decorator.
 
+    A layer that computes around one that can be adapted inherits from both, itself first:
+    ``class LoRAScaled(Scaled, LoRALinear): base_class = Scaled``. A layer of another kind says the
+    shapes of its factors, its forward and the update of its weight, as below. A and B are used
+    inside the call of ``self.lora`` alone, which is where a sharded model has gathered them.
+
     Args:
         adapted: A subclass of `LoRALayer` and of its own ``base_class``.
 
     Raises:
         TargetError: The class is not a subclass of `LoRALayer` and of its ``base_class``.
+
+    Example:
+        >>> import torch
+        >>> import torch.nn.functional as F
+        >>> from lightning_lora import inject_lora, merge_lora
+        >>> class Transposed(nn.Module):
+        ...     def __init__(self, inputs, outputs):
+        ...         super().__init__()
+        ...         self.weight = nn.Parameter(torch.randn(inputs, outputs))
+        ...     def forward(self, x):
+        ...         return x @ self.weight
+        >>> @register_layer
+        ... class LoRATransposed(LoRALayer, Transposed):
+        ...     base_class = Transposed
+        ...     @classmethod
+        ...     def factor_shapes(cls, module, r):
+        ...         inputs, outputs = module.weight.shape
+        ...         return (r, inputs), (outputs, r)
+        ...     def forward(self, x):
+        ...         return self.lora(self.updated, x)
+        ...     def updated(self, x, A, B, scaling, dropout):
+        ...         update = F.dropout(x, dropout) @ A.t() @ B.t()
+        ...         return super().forward(x) + scaling * update
+        ...     def delta_weight(self):
+        ...         A, B = self.lora.pair()
+        ...         return self.lora.scaling * (B @ A).t()
+        >>> model = nn.Sequential(Transposed(4, 3))
+        >>> inject_lora(model, r=2, alpha=6).lora_parameters
+        14
+        >>> with torch.no_grad():
+        ...     _ = nn.init.ones_(model[0].lora.B)
+        ...     adapted = model(torch.ones(1, 4))
+        >>> merge_lora(model)
+        >>> type(model[0]).__name__, torch.allclose(model(torch.ones(1, 4)), adapted, atol=1e-5)
+        ('Transposed', True)
     """
     base = getattr(adapted, "base_class", None)
     if base is None or not issubclass(adapted, base) or not issubclass(adapted, LoRALayer):

@@ -197,11 +197,11 @@ class LoRACallback(Callback):
             return
         if stage == "fit" and self.merge_from == "best":
             self._load_best(trainer, pl_module)
+        assert self._sharding is not None
         if self.merge_on_fit_end:
-            assert self._sharding is not None
             self._sharding.merge(pl_module)
-        if stage == "fit" and self.export_dir is not None and trainer.is_global_zero:
-            self.exported = export_model(pl_module, Path(self.export_dir), trainer)
+        if stage == "fit" and self.export_dir is not None:
+            self.exported = export_model(pl_module, Path(self.export_dir), trainer, self._sharding)
         trainer.strategy.barrier("LoRACallback.teardown")
 
     @override

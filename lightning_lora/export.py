@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,54 +12,121 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from safetensors.torch import save_model
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora.errors import CheckpointError
 from lightning_lora.files import replacing_directory
 from lightning_lora.injection import require_injection
-from lightning_lora.interop import save_adapter
-from lightning_lora.merging import merge_lora, unmerge_lora
+from lightning_lora.interop import write_adapter
 from lightning_lora.names import modules_by_name
 from lightning_lora.state import adapter_state_dict
+from lightning_lora.strategies import Replicated, write_tensors
 
 
-def export_model(module: LightningModule, directory: Path, trainer: Trainer) -> dict[str, Path]:
+def export_model(
+    module: LightningModule, directory: Path, trainer: Trainer, sharding: Replicated
+) -> dict[str, Path]:
     """Write ``merged`` and ``adapter`` below a folder.
 
     A Hugging Face model inside the LightningModule is written with ``save_pretrained``, together
     with the tokenizer found as ``tokenizer`` on the LightningModule or its data module; any other
-    model as one safetensors file.
+    model as one safetensors file. Of a sharded model rank 0 writes one layer after the other; every
+    rank has to call this.
 
     Args:
         module: The LightningModule that LoRA was injected into, merged or not.
         directory: The folder that holds both.
         trainer: The Trainer that has it.
+        sharding: How the model lies over the processes.
 
     Returns:
-        The folders by what they hold. An adapter that PEFT cannot express is left out with a
-        warning.
+        The folders by what they hold; on rank 0. An adapter that PEFT cannot express is left out
+        with a warning.
     """
+    state = sharding.whole_state(module)
     part = _hugging_face_part(module)
+    if not trainer.is_global_zero:
+        if sharding.is_sharded:
+            with _merged(module, sharding):
+                deque(sharding.tensors(module), maxlen=0)
+        return {}
     exported = {}
     try:
-        exported["adapter"] = save_adapter(module, directory / "adapter", part or "")
+        exported["adapter"] = write_adapter(module, directory / "adapter", part or "", state)
     except CheckpointError as error:
         # At the end of a fit, one export that cannot be must not cost the other.
         rank_zero_warn(f"The adapter was not exported: {error}")
     exported["merged model"] = merged = directory / "merged"
-    with _merged(module), replacing_directory(merged) as fresh:
-        if part is None:
-            save_model(module, str(fresh / "model.safetensors"))
-        else:
-            model = module.get_submodule(part)
-            with _untied_config(model), _without_progress_bar():
-                model.save_pretrained(fresh)  # type: ignore[operator]
-            tokenizer = getattr(module, "tokenizer", None) or getattr(
-                getattr(trainer, "datamodule", None), "tokenizer", None
-            )
-            if tokenizer is not None:
-                tokenizer.save_pretrained(fresh)
+    with _merged(module, sharding):
+        tensors = _tensors_of_part(sharding.tensors(module), part) if sharding.is_sharded else None
+        with _taking_all(tensors), replacing_directory(merged) as fresh:
+            _write(module, part, tensors, fresh, trainer)
     return exported
+
+
+def _write(
+    module: LightningModule,
+    part: str | None,
+    tensors: Iterator[tuple[str, Tensor]] | None,
+    folder: Path,
+    trainer: Trainer,
+) -> None:
+    if part is None:
+        if tensors is None:
+            save_model(module, str(folder / "model.safetensors"))
+        else:
+            write_tensors(tensors, folder)
+        return
+    model: Any = modules_by_name(module)[part]
+    with _untied_config(model), _without_progress_bar():
+        if tensors is None:
+            model.save_pretrained(folder)
+        elif _is_stored_otherwise(model):
+            # Its files join or split parameters, which takes all of them at once.
+            model.save_pretrained(folder, state_dict=dict(tensors))
+        else:
+            _write_configs(model, folder)
+            write_tensors(tensors, folder)
+    tokenizer = getattr(module, "tokenizer", None) or getattr(
+        getattr(trainer, "datamodule", None), "tokenizer", None
+    )
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _is_stored_otherwise(model: Any) -> bool:
+    """Whether the files of a Hugging Face model hold other tensors than its parameters."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return bool(get_model_conversion_mapping(model, add_legacy=False))
+
+
+def _write_configs(model: Any, folder: Path) -> None:
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    config.dtype = next(model.parameters()).dtype
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def _tensors_of_part(
+    tensors: Iterator[tuple[str, Tensor]], part: str | None
+) -> Iterator[tuple[str, Tensor]]:
+    prefix = f"{part}." if part else ""
+    for name, tensor in tensors:
+        if name.startswith(prefix):
+            yield name.removeprefix(prefix), tensor
+
+
+@contextmanager
+def _taking_all(tensors: Iterator[Any] | None) -> Iterator[None]:
+    """Take what is left of the tensors whatever happens: other ranks wait for it to be gathered."""
+    try:
+        yield
+    finally:
+        if tensors is not None:
+            deque(tensors, maxlen=0)
 
 
 def _hugging_face_part(module: nn.Module) -> str | None:
@@ -84,14 +153,14 @@ def _without_progress_bar() -> Iterator[None]:
 
 
 @contextmanager
-def _merged(module: nn.Module) -> Iterator[None]:
+def _merged(module: nn.Module, sharding: Replicated) -> Iterator[None]:
     was_merged = require_injection(module).merged
-    merge_lora(module)
+    sharding.merge(module)
     try:
         yield
     finally:
         if not was_merged:
-            unmerge_lora(module)
+            sharding.unmerge(module)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from lightning_lora.peft_format import (
 )
 from lightning_lora.plan import Plan
 from lightning_lora.removal import remove_lora
-from lightning_lora.sharded import is_sharded, whole
+from lightning_lora.sharded import all_wholes, is_sharded, whole
 from lightning_lora.state import (
     METADATA_KEY,
     adapter_state_dict,
@@ -60,11 +60,19 @@ def save_adapter(model: nn.Module, directory: str | Path, part: str = "") -> Pat
         ConfigError: The model has no LoRA.
         CheckpointError: The adapter holds what PEFT cannot express.
     """
-    prefix = f"{part}." if part else ""
-    tensors, config = to_peft_tensors(model, prefix), to_peft_config(model, prefix)
-    sharded = any(is_sharded(tensor) for tensor in adapter_state_dict(model).values())
-    if sharded and torch.distributed.get_rank() != 0:
+    state = adapter_state_dict(model)
+    wholes = all_wholes(state)
+    if any(map(is_sharded, state.values())) and torch.distributed.get_rank() != 0:
         return Path(directory)
+    return write_adapter(model, directory, part, wholes)
+
+
+def write_adapter(
+    model: nn.Module, directory: str | Path, part: str, state: Mapping[str, Tensor]
+) -> Path:
+    """`save_adapter` with the adapter's state in whole tensors at hand; in one process."""
+    prefix = f"{part}." if part else ""
+    tensors, config = to_peft_tensors(model, prefix, state), to_peft_config(model, prefix)
     with replacing_directory(directory) as fresh:
         save_file(tensors, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
         (fresh / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")

@@ -23,8 +23,6 @@ from lightning_lora.peft_factors import (
     without_effect,
 )
 from lightning_lora.plan import Target
-from lightning_lora.sharded import whole
-from lightning_lora.state import adapter_state_dict
 
 _PREFIX = "base_model.model."
 # Settings of PEFT that change the mathematics and have no counterpart here.
@@ -46,13 +44,16 @@ _TASK_TYPES = {
 }
 
 
-def to_peft_tensors(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+def to_peft_tensors(
+    model: nn.Module, prefix: str, state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """The adapter's state under PEFT's names, contiguous and on the CPU.
 
     Args:
         model: The module that LoRA was injected into.
         prefix: Path of the part that PEFT will know as the model, with a trailing dot
             (``"model."``).
+        state: The adapter's state in whole tensors.
 
     Raises:
         CheckpointError: Part of the state lies outside that part, or is nothing that PEFT stores.
@@ -75,8 +76,7 @@ def to_peft_tensors(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
         for outer in [attention_of(name, adapted, modules)]
     }
     tensors = {}
-    for name, sharded in adapter_state_dict(model).items():
-        tensor = whole(sharded)
+    for name, tensor in state.items():
         if not name.startswith(prefix):
             raise CheckpointError(
                 f"{name} is trained but lies outside {prefix.rstrip('.')!r}, which is exported."

@@ -43,7 +43,7 @@ class StoredWeights:
     seed: int
 
 
-class NotPlainlyStored(ConfigError):
+class NotPlainlyStoredError(ConfigError):
     """The files hold the weights in a form that only the model's own loading understands."""
 
 
@@ -60,14 +60,14 @@ def pretrained_on_meta(auto_class: Any, name_or_path: str, **options: Any) -> An
         The model in training mode, parameters on the meta device.
 
     Raises:
-        NotPlainlyStored: There are no safetensors files, or their tensors are not the model's
+        NotPlainlyStoredError: There are no safetensors files, or their tensors are not the model's
             parameters one by one. Use ``from_pretrained``.
         ConfigError: A tensor has another shape than the settings ask for.
     """
     from transformers import AutoConfig
 
     dtype = options.pop("dtype", "auto")
-    build = {
+    build: dict[str, Any] = {
         key: options.pop(key)
         for key in ("trust_remote_code", "attn_implementation")
         if key in options
@@ -233,7 +233,7 @@ def _places(model: Any, name_or_path: str) -> dict[str, tuple[Path, str]]:
                     key, renamings, converters, model.base_model_prefix, known
                 )
                 if converted is not None and name in expected:
-                    raise NotPlainlyStored(
+                    raise NotPlainlyStoredError(
                         f"{name_or_path} stores {name} in pieces that are joined when it is loaded."
                     )
                 if name in buffers:
@@ -253,9 +253,9 @@ def _places(model: Any, name_or_path: str) -> dict[str, tuple[Path, str]]:
     for names in _tied(model):
         found = next((name for name in names if name in places), None)
         if found is not None:
-            places.update({name: places[found] for name in names})
+            places.update(dict.fromkeys(names, places[found]))
     if not places:
-        raise NotPlainlyStored(
+        raise NotPlainlyStoredError(
             f"The files of {name_or_path} hold none of the model's parameters (they hold "
             f"{listed(unused, limit=3)})."
         )
@@ -285,7 +285,7 @@ def _keys_by_file(folder: Path) -> dict[Path, list[str]]:
             keys.setdefault(folder / file, []).append(key)
         return keys
     if not single.is_file():
-        raise NotPlainlyStored(f"{folder} holds no model.safetensors.")
+        raise NotPlainlyStoredError(f"{folder} holds no model.safetensors.")
     with _open(single) as opened:
         return {single: list(opened.keys())}
 

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_lora.errors import ConfigError, DataError, LightningLoRAError
-from lightning_lora.pretrained import NotPlainlyStored, missing_parameters, pretrained_on_meta
+from lightning_lora.pretrained import NotPlainlyStoredError, missing_parameters, pretrained_on_meta
 from lightning_lora.recipes.files import BUNDLED, nearest, resolve_path
 
 # RoBERTa's relatives number positions from the padding index on and so take fewer tokens than
@@ -79,7 +79,7 @@ def load_model(auto_class: str, name_or_path: str, later: bool = False, **option
                 model = pretrained_on_meta(getattr(transformers, auto_class), source, **options)
                 _say_fresh(name_or_path, missing_parameters(model))
                 return model
-            except NotPlainlyStored as reason:
+            except NotPlainlyStoredError as reason:
                 rank_zero_info(f"{reason} So every process loads the whole model.")
         model, report = getattr(transformers, auto_class).from_pretrained(
             source, output_loading_info=True, ignore_mismatched_sizes=True, **options

@@ -28,7 +28,12 @@ from typing_extensions import override
 
 from lightning_lora.checkpoints import optimizer_names
 from lightning_lora.errors import ConfigError
-from lightning_lora.injection import require_injection, restore_class, swap_class
+from lightning_lora.injection import (
+    persistent_buffers,
+    require_injection,
+    restore_class,
+    swap_class,
+)
 from lightning_lora.layers import LoRAFactors, LoRALayer
 from lightning_lora.merging import factors_are_finite
 from lightning_lora.names import clean_name, modules_by_name, unwrap
@@ -77,6 +82,19 @@ class FlatSharded(Sharded):
             for name, parameter in parameters.items():
                 state[name] = parameter.detach().to("cpu", copy=True)
         return state
+
+    @override
+    def tensors(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        record = require_injection(model)
+        hidden = [f"{t.name}.lora." for t in record.plan.targets] if record.merged else []
+        for parameters in self._gathered(model):
+            seen = set()
+            for name, parameter in parameters.items():
+                if id(parameter) not in seen and not name.startswith(tuple(hidden)):
+                    seen.add(id(parameter))
+                    yield name, parameter.detach().to("cpu", copy=True)
+        for name, buffer in persistent_buffers(model).items():
+            yield name, buffer.detach().cpu()
 
     @override
     def load_state(self, model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -175,23 +193,24 @@ class FlatSharded(Sharded):
         record.merged = False
 
     def _gathered(
-        self, model: nn.Module, names: set[str], write: bool = False
+        self, model: nn.Module, names: set[str] | None = None, write: bool = False
     ) -> Iterator[dict[str, nn.Parameter]]:
-        """Unit by unit, the whole parameters among ``names`` while they are gathered."""
+        """Unit by unit, the whole parameters (those among ``names``) while they are gathered."""
         root = self._root
         if root is None:
-            yield {clean_name(n): p for n, p in model.named_parameters() if clean_name(n) in names}
+            every = {clean_name(name): p for name, p in model.named_parameters()}
+            yield {name: every[name] for name in every if names is None or name in names}
             return
         # Otherwise the first unit that is gathered would take itself for the root.
         _lazy_init(root, root)
         for prefix, unit in root.named_modules():
             if not isinstance(unit, FullyShardedDataParallel):
                 continue
-            if not names.intersection(_own_names(prefix, unit)):
+            if names is not None and not names.intersection(_own_names(prefix, unit)):
                 continue
             with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=write):
                 own = _own_names(prefix, unit)
-                yield {name: own[name] for name in own if name in names}
+                yield {name: own[name] for name in own if names is None or name in names}
 
     @contextmanager
     def _full(self, rank0_only: bool) -> Iterator[None]:

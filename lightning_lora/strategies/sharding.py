@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.merging import merge_lora, refuse_ties, unmerge_lora
+from lightning_lora.names import clean_name
 from lightning_lora.pretrained import fill_parameters
-from lightning_lora.sharded import all_wholes, is_sharded, local, part_of, whole
+from lightning_lora.sharded import all_wholes, is_sharded, local, part_of, reshard, whole
 from lightning_lora.state import (
     adapter_state_dict,
     base_fingerprint,
@@ -34,6 +35,7 @@ class Replicated:
 
     # Whether the strategy, and not Lightning's connector, has to restore the optimizers.
     restores_optimizers = False
+    is_sharded = False
 
     def setup(
         self, original: Callable[[Trainer], None], trainer: Trainer, model: nn.Module
@@ -45,6 +47,21 @@ class Replicated:
     def state(self, model: nn.Module) -> dict[str, Tensor]:
         """The adapter's state as a checkpoint holds it; a collective call."""
         return adapter_state_dict(model)
+
+    def whole_state(self, model: nn.Module) -> dict[str, Tensor]:
+        """The adapter's state in whole tensors, on every rank; a collective call."""
+        return all_wholes(self.state(model))
+
+    def tensors(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """The entries of a model's state dict, each storage once, as whole tensors on the CPU;
+        every rank has to take them all.
+        """
+        reshard(model)
+        seen = set()
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if isinstance(tensor, Tensor) and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield clean_name(name), whole(tensor).cpu()
 
     def optimizer_state(self, original: Any, optimizer: Optimizer) -> dict[str, Any]:
         """An optimizer's state as a checkpoint holds it; a collective call."""
@@ -86,6 +103,7 @@ class Sharded(Replicated):
     """Parameters sharded by `torch.distributed.fsdp.fully_shard`."""
 
     restores_optimizers = True
+    is_sharded = True
 
     @property
     def _as_directory(self) -> bool:

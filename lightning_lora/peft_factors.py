@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_lora.errors import CheckpointError
+from lightning_lora.layers import LoRAExperts, adapted_class
 from lightning_lora.plan import Target
 
 
@@ -19,7 +20,7 @@ def peft_multiple(module: nn.Module, target: Target) -> int:
     PEFT has no factors for parts of a layer: k parts of rank r become factors of rank ``k * r`` for
     the whole of it, with zeros where a part does not reach.
     """
-    if target.slices is not None:
+    if target.slices is not None and target.slices.widths is None:
         return len(target.slices.adapted)
     return module.groups if isinstance(module, _ConvNd) else 1
 
@@ -36,10 +37,10 @@ def refuse_for_peft(module: nn.Module, target: Target) -> None:
     Raises:
         CheckpointError: It computes something else, or cannot adapt the layer.
     """
-    if target.slices is not None and target.slices.widths is not None:
+    if isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim:
         raise CheckpointError(
-            f"{target.name!r} keeps {', '.join(target.weights)} apart, which the adapter format "
-            "of PEFT does not express for it. Export the merged model."
+            f"PEFT cannot adapt {target.name!r}: its query, key and value projections have "
+            "separate weights. Export the merged model."
         )
     if not isinstance(module, _ConvNd):
         return
@@ -52,8 +53,16 @@ def refuse_for_peft(module: nn.Module, target: Target) -> None:
         )
 
 
-def peft_factor(module: nn.Module, target: Target, leaf: str, value: Tensor) -> tuple[str, Tensor]:
-    """PEFT's name (behind the layer's) and value of a factor.
+def peft_parameters(module: nn.Module, target: Target) -> tuple[str, ...]:
+    """The 3-D parameters of experts, which PEFT wraps one by one; of another layer none."""
+    adapted = adapted_class(type(module)) or type(module)
+    return target.weights if issubclass(adapted, LoRAExperts) else ()
+
+
+def peft_factors(
+    module: nn.Module, target: Target, leaf: str, value: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """PEFT's name (behind the layer's) and value of a factor; one for each weight of experts.
 
     Args:
         module: The adapted layer, or what it is without LoRA.
@@ -61,13 +70,33 @@ def peft_factor(module: nn.Module, target: Target, leaf: str, value: Tensor) -> 
         leaf: ``"A"`` or ``"B"``.
         value: The factor, whole.
     """
-    if target.slices is not None and leaf == "B":
-        value = target.slices.spread(value)
-    if isinstance(module, nn.Embedding):
-        return f"lora_embedding_{leaf}", value
+    slices = target.slices
+    if slices is not None and peft_parameters(module, target):
+        sizes = slices.adapted_widths() if leaf == "A" else [rows for _, rows in slices.parts]
+        assert sizes is not None
+        first, second = value.split(sizes, dim=1 if leaf == "A" else 0)
+        # PEFT wraps what it has wrapped already.
+        yield f"base_layer.lora_{leaf}.weight", first
+        yield f"lora_{leaf}.weight", second
+        return
+    if slices is not None and leaf == "B":
+        value = slices.spread(value)
     if isinstance(module, _ConvNd) and leaf == "A":
         value = _over_all_channels(value, module.groups)
-    return f"lora_{leaf}.weight", value
+    embedding = isinstance(module, nn.Embedding)
+    yield f"lora_embedding_{leaf}" if embedding else f"lora_{leaf}.weight", value
+
+
+def joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter of PEFT with the factors of the two weights of experts in one, as it is here."""
+    result = dict(tensors)
+    for key in tensors:
+        for leaf, dim in (("A", 1), ("B", 0)):
+            inner, outer = f".base_layer.lora_{leaf}.weight", f".lora_{leaf}.weight"
+            other = key.removesuffix(inner) + outer
+            if key.endswith(inner) and other in result:
+                result[other] = torch.cat([result.pop(key), result[other]], dim=dim)
+    return result
 
 
 def attention_of(name: str, targets: Mapping[str, Target], modules: Mapping[str, nn.Module]) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_lora import (
     adapter_state_dict,
     inject_lora,
+    load_adapter,
     load_adapter_state_dict,
     merge_lora,
     remove_lora,
@@ -133,8 +134,41 @@ def test_dropout_is_refused() -> None:
         inject_lora(hugging_face("mixtral"), dropout=0.1, target_modules=["experts"])
 
 
-def test_they_are_not_exported_to_peft(tmp_path: Path) -> None:
-    model = hugging_face("mixtral")
-    inject_lora(model, r=2, alpha=6, target_modules=["experts"])
-    with pytest.raises(CheckpointError, match="keeps gate_up_proj, down_proj apart"):
-        save_adapter(model, tmp_path / "adapter")
+@every_model
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("targets", [["experts"], ["experts", "q_proj"]])
+def test_peft_reads_what_is_saved_and_the_other_way_round(
+    name: str, use_rslora: bool, targets: list[str], tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    model = hugging_face(name)
+    base = output(model)
+    inject_lora(
+        model,
+        r=2,
+        alpha=6,
+        target_modules=targets,
+        use_rslora=use_rslora,
+        rank_pattern={r".*\.1\.mlp\.experts": 3},
+        alpha_pattern={r".*\.0\.mlp\.experts": 5},
+    )
+    shake(model)
+    adapted = output(model)
+    assert not torch.allclose(adapted, base, atol=1e-3)
+    save_adapter(model, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(hugging_face(name), tmp_path / "ours").eval()
+    torch.testing.assert_close(output(theirs), adapted, atol=1e-5, rtol=1e-5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    for folder in ("ours", "theirs"):
+        again = hugging_face(name)
+        plan = load_adapter(again, tmp_path / folder)
+        assert [t.r for t in plan.targets if t.name.endswith("experts")] == [2, 3]
+        torch.testing.assert_close(output(again), adapted, atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_of_one_weight_alone_does_not_fit(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"])
+    peft.get_peft_model(hugging_face("mixtral"), config).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(CheckpointError, match=r"wrong shape: .*experts\.lora\.A"):
+        load_adapter(hugging_face("mixtral"), tmp_path / "theirs")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_lora import FSDP2Strategy, LoRACallback
-from lightning_lora.sharded import whole
+from lightning_lora.pretrained import pretrained_on_meta
 from tests.models import hugging_face
 from tests.modules import Attention, dataset
 from tests.strategies.flat import CPUFSDPStrategy
@@ -60,12 +60,12 @@ class Model(LightningModule):
                     module.p = 0.0
 
     def logits(self, x: Tensor) -> Tensor:
-        if self.scenario.network != "bert":
+        if self.scenario.network in ("attention", "user"):
             out: Tensor = self.net(x)
             return out
         ids = (x.abs().sum(-1) * 7).long() % 40
         logits: Tensor = self.net(input_ids=ids).logits
-        return F.pad(logits, (0, 1))
+        return logits[:, -1, :3] if logits.ndim == 3 else F.pad(logits, (0, 1))
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return F.cross_entropy(self.logits(batch[0]).float(), batch[1])
@@ -106,6 +106,20 @@ class Model(LightningModule):
     test_dataloader = val_dataloader
 
 
+class Pretrained(Model):
+    """Loads a saved model, under FSDP2 without reading it whole."""
+
+    def configure_model(self) -> None:
+        from transformers import AutoModelForCausalLM
+
+        if hasattr(self, "net"):
+            return
+        if self.scenario.strategy == "fsdp2":
+            self.net = pretrained_on_meta(AutoModelForCausalLM, self.scenario.network)
+        else:
+            self.net = AutoModelForCausalLM.from_pretrained(self.scenario.network).train()
+
+
 class ShardedByTheUser(Model):
     """Builds and shards its network by itself."""
 
@@ -133,8 +147,8 @@ def fit(scenario: Scenario, root: Path, devices: int) -> dict[str, Any]:
     folder = root / scenario.name
     if scenario.seed is not None:
         seed_everything(scenario.seed, verbose=False)
-    kind = ShardedByTheUser if scenario.network == "user" else Model
-    model = kind(scenario)
+    kinds = {"attention": Model, "bert": Model, "user": ShardedByTheUser}
+    model = kinds.get(scenario.network, Pretrained)(scenario)
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=SAVE_AT, save_top_k=-1)
     lora = LoRACallback(**{"r": 4, "alpha": 12, "verbose": False, **scenario.lora})
     trainer = Trainer(
@@ -152,7 +166,8 @@ def fit(scenario: Scenario, root: Path, devices: int) -> dict[str, Any]:
     )
     trainer.fit(model, ckpt_path=None if scenario.resume is None else str(root / scenario.resume))
     classes = sorted({type(m).__name__ for m in model.modules()})
-    merged = {name: whole(p).cpu().clone() for name, p in model.named_parameters()}
+    assert lora._sharding is not None
+    merged = {name: tensor.clone() for name, tensor in lora._sharding.tensors(model)}
     last = trainer.test(model, verbose=False)[0]["test_loss"]
     saved = min(folder.glob("step=*.ckpt"))
     best = trainer.test(model, ckpt_path=str(saved), verbose=False)

@@ -104,14 +104,16 @@ def _target_names(
         chosen = _explicit(modules, config, saved, obstacles, adaptable, matches)
     if config.exclude_modules is not None:
         chosen = _without_excluded(modules, chosen, config, matches)
+    outers = {name: attention_around(name, modules) for name in chosen}
     chosen = [
         name
-        for name in chosen
+        for name, outer in outers.items()
         if not inside(name, saved)
         and not (config.train_embeddings and isinstance(modules[name], nn.Embedding))
+        and not (outer is not None and _excluded(outer, config))
     ]
     for name in chosen:
-        outer = attention_around(name, modules)
+        outer = outers[name]
         if outer is not None and outer not in chosen:
             raise TargetError(
                 f"{name!r} is run by {outer!r}, which reads its weights instead of calling it: "

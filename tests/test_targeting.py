@@ -223,6 +223,8 @@ def test_the_output_projection_inside_multihead_attention() -> None:
     assert names(plan_for(model, target_modules="qv")) == layers
     assert len(names(plan_for(model))) == 6 + 5
     assert "adapt 'self_attn' too, or leave" in refusal(model, target_modules=["out_proj"])
+    plan = plan_for(model, target_modules="attention", exclude_modules=["self_attn"])
+    assert names(plan) == ["attention", "attention.out_proj"]
     plan = plan_for(model, dropout=0.1)
     assert names(plan) == [
         *(f"encoder.layers.{i}.linear{j}" for i in range(2) for j in (1, 2)),

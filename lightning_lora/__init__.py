@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_lora.loading import load_lightning_module
     from lightning_lora.merging import merge_lora, unmerge_lora
     from lightning_lora.plan import Plan
+    from lightning_lora.pretrained import pretrained_on_meta
     from lightning_lora.removal import remove_lora
     from lightning_lora.state import adapter_state_dict, load_adapter_state_dict
     from lightning_lora.strategies import FSDP2Strategy
@@ -35,6 +36,7 @@ __all__ = [
     "load_adapter_state_dict",
     "load_lightning_module",
     "merge_lora",
+    "pretrained_on_meta",
     "register_fused",
     "register_layer",
     "remove_lora",
@@ -56,6 +58,7 @@ _HOMES = {
     "load_adapter_state_dict": "lightning_lora.state",
     "load_lightning_module": "lightning_lora.loading",
     "merge_lora": "lightning_lora.merging",
+    "pretrained_on_meta": "lightning_lora.pretrained",
     "register_fused": "lightning_lora.fused",
     "register_layer": "lightning_lora.layers",
     "remove_lora": "lightning_lora.removal",

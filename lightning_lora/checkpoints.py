@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_lora.directories import is_directory, read_directory
 from lightning_lora.errors import CheckpointError
 from lightning_lora.names import clean_name, listed
 from lightning_lora.state import METADATA_KEY
@@ -46,13 +47,17 @@ def explain_unreadable(path: Any) -> Iterator[None]:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read an adapter checkpoint onto the CPU; nothing in it is executed.
+    """Read an adapter checkpoint, a file or a sharded folder, onto the CPU; nothing in it is
+    executed.
 
     Raises:
         CheckpointError: The file is missing, damaged, or no adapter checkpoint.
     """
     with explain_unreadable(path):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if is_directory(path):
+            checkpoint = read_directory(path)
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     require_metadata(checkpoint, str(path))
     return dict(checkpoint)
 

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 from lightning.pytorch.strategies import (
     DDPStrategy,
+    DeepSpeedStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
     SingleDeviceStrategy,
@@ -27,7 +28,7 @@ def check_strategy(trainer: Trainer) -> None:
     strategy = trainer.strategy
     name = type(strategy).__name__
     supported = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy, FSDPStrategy)
-    if not isinstance(strategy, supported):
+    if not isinstance(strategy, supported) or isinstance(strategy, DeepSpeedStrategy):
         raise ConfigError(
             f"{name} is not supported by LoRACallback: use one device, or strategy='ddp', 'fsdp2' "
             "or 'fsdp'. Instead of DeepSpeed's ZeRO stages, 'fsdp2' shards parameters, gradients "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_lora.checkpoints import read_checkpoint
 from lightning_lora.config import LoRAConfig
+from lightning_lora.directories import is_directory
 from lightning_lora.errors import CheckpointError
 from lightning_lora.files import replacing_directory
 from lightning_lora.injection import inject_lora, injection_of, require_injection
@@ -86,7 +87,8 @@ def load_adapter(model: nn.Module, path: str | Path, strict_base: bool = True) -
     Args:
         model: The bare model, or one that was adapted with the same settings. A checkpoint of a
             LightningModule may be loaded into the model inside it.
-        path: A Lightning checkpoint (``.ckpt``) of `LoRACallback`, or a folder in PEFT format.
+        path: A Lightning checkpoint (``.ckpt``, a file or a sharded folder) of `LoRACallback`, or a
+            folder in PEFT format.
         strict_base: Refuse a checkpoint whose base has another fingerprint. PEFT folders record
             none.
 
@@ -153,7 +155,7 @@ def _load(model: nn.Module, adapter: _Adapter, source: str, strict_base: bool) -
 
 
 def _read(path: Path, model: nn.Module) -> _Adapter:
-    if path.is_dir():
+    if path.is_dir() and not is_directory(path):
         return _read_peft(path)
     checkpoint = read_checkpoint(path)
     metadata = checkpoint[METADATA_KEY]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_lora.directories import is_directory, read_directory, save_directory
 from lightning_lora.merging import merge_lora, refuse_ties, unmerge_lora
 from lightning_lora.names import clean_name
 from lightning_lora.pretrained import fill_parameters
@@ -24,7 +25,6 @@ from lightning_lora.state import (
     frozen_parameters,
     load_adapter_state_dict,
 )
-from lightning_lora.strategies.directories import is_directory, read_directory, save_directory
 
 
 class Replicated:

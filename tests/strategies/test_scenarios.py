@@ -16,8 +16,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
+from lightning_lora import load_adapter
 from tests.models import hugging_face
+from tests.modules import Attention
 from tests.strategies.scenarios import SAVE_AT, STEPS, Scenario, asked
 
 ROOT = Path(__file__).parents[2]
@@ -199,6 +202,16 @@ def test_directories_hold_the_adapter_alone(results: Path) -> None:
     sizes = [sum(t.nbytes for t in part.values()) for part in parts]
     # The trained parameters and a momentum of the same size, about half in each.
     assert sum(sizes) == 2 * state and min(sizes) > 0.8 * state
+
+
+def test_a_directory_is_an_adapter_to_load(results: Path) -> None:
+    state = {}
+    for name in ("directory", "fsdp2"):
+        model = Attention(dropout=0.0)
+        load_adapter(nn.ModuleDict({"net": model}), results / name / CKPT, strict_base=False)
+        state[name] = {key: value.clone() for key, value in model.state_dict().items()}
+    for key in (key for key in state["fsdp2"] if ".lora." in key or key.startswith("head")):
+        torch.testing.assert_close(state["directory"][key], state["fsdp2"][key])
 
 
 def test_the_sharded_base_has_the_fingerprint_of_the_whole(results: Path) -> None:

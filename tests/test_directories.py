@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lightning_lora.directories import is_directory, read_directory
 from lightning_lora.errors import CheckpointError
-from lightning_lora.strategies.directories import is_directory, read_directory
 
 
 def write(folder: Path, parts: int = 2) -> Path:

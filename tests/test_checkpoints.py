@@ -1,0 +1,74 @@
+"""The optimizers' state finds its parameters by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora.checkpoints import optimizer_names, optimizer_states
+from lightning_lora.errors import CheckpointError
+from tests.models import mlp
+
+
+def adam(model: nn.Module, *groups: list[str]) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW([{"params": [model.get_parameter(n) for n in g]} for g in groups])
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        parameter.grad = torch.full_like(parameter, 1.0 + number)
+        assert name
+    optimizer.step()
+    return optimizer
+
+
+def saved(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return {
+        "optimizer_states": [optimizer.state_dict()],
+        "lightning_lora": {"optimizers": optimizer_names([optimizer], model)},
+    }
+
+
+def test_states_follow_their_parameters_into_another_order() -> None:
+    model = mlp()
+    first = adam(model, ["fc1.weight", "fc2.weight"], ["head.bias"])
+    checkpoint = saved(model, first)
+    assert checkpoint["lightning_lora"]["optimizers"] == [
+        [["fc1.weight", "fc2.weight"], ["head.bias"]]
+    ]
+    second = adam(model, ["fc2.weight", "fc1.weight"], ["head.bias"])
+    (state,) = optimizer_states(checkpoint, [second], model)
+    second.load_state_dict(state)
+    for name in ("fc1.weight", "fc2.weight", "head.bias"):
+        parameter = model.get_parameter(name)
+        assert torch.equal(second.state[parameter]["exp_avg"], first.state[parameter]["exp_avg"])
+
+
+def test_a_file_without_names_goes_by_numbers() -> None:
+    model = mlp()
+    optimizer = adam(model, ["fc1.weight"])
+    checkpoint = saved(model, optimizer)
+    del checkpoint["lightning_lora"]["optimizers"]
+    assert optimizer_states(checkpoint, [optimizer], model) == checkpoint["optimizer_states"]
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([["fc1.weight"]], "only saved: fc2.weight"),
+        ([["fc1.weight", "fc2.weight", "head.bias"]], "only now: head.bias"),
+        ([["fc1.weight"], ["fc2.weight"]], "in 2 groups, and were in 1"),
+    ],
+)
+def test_other_parameters_are_named(groups: list[list[str]], message: str) -> None:
+    model = mlp()
+    checkpoint = saved(model, adam(model, ["fc1.weight", "fc2.weight"]))
+    with pytest.raises(CheckpointError, match=message):
+        optimizer_states(checkpoint, [adam(model, *groups)], model)
+
+
+def test_another_number_of_optimizers() -> None:
+    model = mlp()
+    optimizer = adam(model, ["fc1.weight"])
+    with pytest.raises(CheckpointError, match=r"state of 1 optimizers, and .* returned 2"):
+        optimizer_states(saved(model, optimizer), [optimizer, optimizer], model)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_lora.callback import LoRACallback
     from lightning_lora.config import LoRAConfig
+    from lightning_lora.fused import register_fused
     from lightning_lora.injection import inject_lora
     from lightning_lora.interop import load_adapter, save_adapter, swap_adapter
     from lightning_lora.layers import LoRALayer, register_layer
@@ -36,6 +37,7 @@ __all__ = [
     "load_lightning_module",
     "merge_lora",
     "pretrained_on_meta",
+    "register_fused",
     "register_layer",
     "remove_lora",
     "save_adapter",
@@ -57,6 +59,7 @@ _HOMES = {
     "load_lightning_module": "lightning_lora.loading",
     "merge_lora": "lightning_lora.merging",
     "pretrained_on_meta": "lightning_lora.pretrained",
+    "register_fused": "lightning_lora.fused",
     "register_layer": "lightning_lora.layers",
     "remove_lora": "lightning_lora.removal",
     "save_adapter": "lightning_lora.interop",

@@ -31,9 +31,9 @@ class LoRAConfig:
         dropout: Probability of dropping an element of the adapter's input while training, in
             ``[0, 1)``.
         target_modules: ``"all-linear"`` (every linear layer but the output head), ``"qv"`` (the
-            paper's W_q and W_v), ``"attention"`` (every linear layer inside attention blocks), a
-            list of name suffixes (``["query", "output.dense"]``), or one regular expression for the
-            full name.
+            paper's W_q and W_v, also inside a fused projection), ``"attention"`` (every linear
+            layer inside attention blocks), a list of name suffixes (``["query", "output.dense"]``),
+            or one regular expression for the full name.
         exclude_modules: Suffixes or one regular expression for layers that are left alone.
         rank_pattern: ``{suffix or regex: r}`` for layers with another rank.
         alpha_pattern: ``{suffix or regex: alpha}`` for layers with another alpha.

@@ -32,8 +32,8 @@ class Injection:
         buffers: Copies of the persistent buffers as they were, by name.
         nested_tensors: Names of the `torch.nn.TransformerEncoder` modules whose nested-tensor path
             was on.
-        base_weights: While merged, the parameter and the exact base weight of each target; else
-            empty.
+        base_weights: While merged, each adapted parameter and its exact base value, by the
+            parameter's name; else empty.
         merged: Whether the factors are merged into the weights.
         fingerprint: The base's fingerprint, once it was computed.
     """
@@ -109,12 +109,12 @@ def inject_lora(
     modules = modules_by_name(model)
     for target in plan.targets:
         module = modules[target.name]
-        weight = module.weight
+        weight = getattr(module, target.weights[0])
         module.lora = factors[target.tied_to or target.name]
         swap_class(module)
-        if target.tied_to is None and is_sharded(weight):  # type: ignore[arg-type]
+        if target.tied_to is None and is_sharded(weight):
             # The units are fixed by now, and the factors belong to none of them.
-            shard_alike(module.lora, weight)  # type: ignore[arg-type]
+            shard_alike(module.lora, weight)
     record.nested_tensors = _leave_fast_paths(model)
     setattr(unwrap(model), ATTRIBUTE, record)
     freeze(model, plan)
@@ -177,8 +177,8 @@ def _build_factors(
         if target.tied_to is not None:
             continue
         module = modules[target.name]
-        weight = module.weight
-        assert isinstance(weight, Tensor)
+        adapted, weight = adapted_class(type(module)), getattr(module, target.weights[0])
+        assert adapted is not None and isinstance(weight, Tensor)
         factors[target.name] = LoRAFactors(
             name=target.name,
             A_shape=target.A_shape,
@@ -191,6 +191,8 @@ def _build_factors(
             seed=seed,
             device=local(weight).device,
             dtype=weight.dtype,
+            slices=target.slices,
+            zero=adapted.zero_factor,
         ).train(module.training)
     return factors
 
@@ -198,7 +200,7 @@ def _build_factors(
 def _refuse_tensor_parallel(model: nn.Module, plan: Plan) -> None:
     modules = modules_by_name(model)
     for target in plan.targets:
-        if has_other_layout(modules[target.name].weight):  # type: ignore[arg-type]
+        if any(has_other_layout(getattr(modules[target.name], leaf)) for leaf in target.weights):
             raise ConfigError(
                 f"{target.name!r} is split by tensor parallelism, which LoRA does not support: its "
                 "gradients would be wrong. Shard the model by fully_shard alone, for instance "

@@ -21,6 +21,7 @@ QUERY_VALUE_NAMES = frozenset(
         "v",
         "wq",
         "wv",
+        "q_attn",
     )
 )
 # Last components of projections that hold W_q, W_k and W_v (or W_q and W_kv) in one weight.
@@ -82,7 +83,9 @@ def is_query_or_value(name: str) -> bool:
 
 def is_fused(name: str) -> bool:
     """Whether the name is one under which an architecture keeps W_q, W_k and W_v in one weight."""
-    return name.rsplit(".", 1)[-1] in FUSED_NAMES
+    leaf = name.rsplit(".", 1)[-1]
+    # State-space layers have an in_proj too.
+    return leaf in FUSED_NAMES and (leaf != "in_proj" or in_attention(name))
 
 
 def suggest(pattern: str, names: Iterable[str], limit: int = 5) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -39,19 +39,20 @@ def merge_lora(model: nn.Module) -> None:
     reshard(model)
     _refuse_non_finite(model, record)
     modules = modules_by_name(model)
-    if any(is_sharded(modules[t.name].weight) for t in record.plan.targets):  # type: ignore[arg-type]
+    if any(is_sharded(weight) for _, _, weight in _adapted(modules, record)):
         refuse_ties(model)
     shared = _shared_parameters(model, record)
     for target in record.plan.targets:
         module = modules[target.name]
         assert isinstance(module, LoRALayer)
         if target.tied_to is None:
-            _merge_layer(module, target, record, id(module.weight) in shared)
+            _merge_layer(module, target, record, shared)
     # In a second pass: layers that share factors are merged through the first of them.
     for target in record.plan.targets:
         module = modules[target.name]
         if target.tied_to is not None:
-            module._parameters["weight"] = modules[target.tied_to]._parameters["weight"]
+            for leaf in target.weights:
+                module._parameters[leaf] = modules[target.tied_to]._parameters[leaf]
         unwrap(module.lora).hidden = True  # type: ignore[assignment, arg-type]
         restore_class(module)
     record.merged = True
@@ -75,41 +76,54 @@ def unmerge_lora(model: nn.Module) -> None:
     modules = modules_by_name(model)
     for target in record.plan.targets:
         module = modules[target.name]
-        parameter, before = record.base_weights[target.tied_to or target.name]
-        merged = module._parameters["weight"]
-        assert merged is not None
-        if is_sharded(merged):
-            local(merged).copy_(before)
-        else:
-            parameter.data = before.to(device=merged.device, dtype=merged.dtype)
-            module._parameters["weight"] = parameter
+        for leaf in target.weights:
+            parameter, before = record.base_weights[f"{target.tied_to or target.name}.{leaf}"]
+            merged = module._parameters[leaf]
+            assert merged is not None
+            if is_sharded(merged):
+                local(merged).copy_(before)
+            else:
+                parameter.data = before.to(device=merged.device, dtype=merged.dtype)
+                module._parameters[leaf] = parameter
         unwrap(module.lora).hidden = False  # type: ignore[assignment, arg-type]
         swap_class(module)
     record.base_weights.clear()
     record.merged = False
 
 
-def _merge_layer(module: LoRALayer, target: Target, record: Injection, shared: bool) -> None:
-    parameter = module._parameters["weight"]
-    assert parameter is not None
-    before = local(parameter.detach())
+def _merge_layer(
+    module: LoRALayer, target: Target, record: Injection, shared: Collection[int]
+) -> None:
     with whole_factors(module.lora):
-        delta = part_of(module.delta_weight(), parameter)
-    # Summed in the wider dtype and rounded once; the old tensor is left as it is and becomes the
-    # snapshot.
-    after = (before.to(delta.dtype) + delta.to(before.device)).to(before.dtype)
-    if is_sharded(parameter):
-        # The shard's memory belongs to a larger buffer, which has to change with it.
-        before = before.to("cpu", copy=True)
-        local(parameter.detach()).copy_(after)
-    elif shared:
-        module._parameters["weight"] = nn.Parameter(after, requires_grad=parameter.requires_grad)
-    else:
-        parameter.data = after
-    record.base_weights[target.name] = (
-        parameter,
-        before if before.device.type == "cpu" else before.cpu(),
-    )
+        updates = module.delta_weights()
+    for leaf, update in updates.items():
+        parameter = module._parameters[leaf]
+        assert parameter is not None
+        before, delta = local(parameter.detach()), part_of(update, parameter)
+        # Summed in the wider dtype and rounded once; the old tensor is left as it is and becomes
+        # the snapshot.
+        after = (before.to(delta.dtype) + delta.to(before.device)).to(before.dtype)
+        if is_sharded(parameter):
+            # The shard's memory belongs to a larger buffer, which has to change with it.
+            before = before.to("cpu", copy=True)
+            local(parameter.detach()).copy_(after)
+        elif id(parameter) in shared:
+            module._parameters[leaf] = nn.Parameter(after, requires_grad=parameter.requires_grad)
+        else:
+            parameter.data = after
+        record.base_weights[f"{target.name}.{leaf}"] = (
+            parameter,
+            before if before.device.type == "cpu" else before.cpu(),
+        )
+
+
+def _adapted(
+    modules: dict[str, nn.Module], record: Injection
+) -> Iterator[tuple[Target, str, Tensor]]:
+    """Each target with each of the parameters that it adapts."""
+    for target in record.plan.targets:
+        for leaf in target.weights:
+            yield target, leaf, getattr(modules[target.name], leaf)
 
 
 def _shared_parameters(model: nn.Module, record: Injection) -> set[int]:
@@ -136,8 +150,8 @@ def refuse_ties(model: nn.Module) -> None:
     record = require_injection(model)
     modules = modules_by_name(model)
     shared = _shared_parameters(model, record)
-    for target in record.plan.targets:
-        if id(modules[target.name].weight) in shared:
+    for target, _, weight in _adapted(modules, record):
+        if id(weight) in shared:
             raise ConfigError(
                 f"{target.name!r} shares its weight with a module that is not adapted (a tied "
                 "head), and a sharded weight cannot be untied for a merge. Leave it out of "

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +14,16 @@ from lightning_lora.errors import CheckpointError
 from lightning_lora.injection import require_injection
 from lightning_lora.matching import key_matches, suffix_matches
 from lightning_lora.names import modules_by_name
-from lightning_lora.plan import Target
+from lightning_lora.peft_factors import (
+    attention_of,
+    joined,
+    peft_alpha,
+    peft_factors,
+    peft_multiple,
+    peft_parameters,
+    refuse_for_peft,
+    without_effect,
+)
 
 _PREFIX = "base_model.model."
 # Settings of PEFT that change the mathematics and have no counterpart here.
@@ -21,7 +31,6 @@ _UNSUPPORTED = (
     "use_dora",
     "layers_to_transform",
     "layer_replication",
-    "target_parameters",
     "trainable_token_indices",
     "lora_bias",
     "alora_invocation_tokens",
@@ -50,13 +59,22 @@ def to_peft_tensors(
         CheckpointError: Part of the state lies outside that part, or is nothing that PEFT stores.
     """
     plan = require_injection(model).plan
-    adapted = {target.name for target in plan.targets}
+    modules = modules_by_name(model)
+    adapted = {target.name: target for target in plan.targets}
     tied = [target.name for target in plan.targets if target.tied_to is not None]
     if tied:
         raise CheckpointError(
             f"PEFT cannot express factors that tied layers share ({tied[0]}). Leave one of them "
             "out with exclude_modules."
         )
+    for name, target in adapted.items():
+        refuse_for_peft(modules[name], target)
+    # The output projection of an attention lies behind PEFT's layer for the attention.
+    paths = {
+        name: f"{outer}.base_layer.out_proj" if outer else name
+        for name in adapted
+        for outer in [attention_of(name, adapted, modules)]
+    }
     tensors = {}
     for name, tensor in state.items():
         if not name.startswith(prefix):
@@ -65,12 +83,21 @@ def to_peft_tensors(
             )
         owner, _, leaf = name.rpartition(".")
         if owner.endswith(".lora") and owner.removesuffix(".lora") in adapted:
-            key = f"{owner.removesuffix('.lora')}.lora_{leaf}.weight"
+            layer = owner.removesuffix(".lora")
+            theirs = peft_factors(modules[layer], adapted[layer], leaf, tensor)
+            keys = {f"{paths[layer]}.{key}": value for key, value in theirs}
         elif owner in adapted:
-            key = f"{owner}.base_layer.{leaf}"
+            keys = {f"{paths[owner]}.base_layer.{leaf}": tensor}
         else:
-            key = name
-        tensors[_PREFIX + key.removeprefix(prefix)] = tensor.cpu().contiguous()
+            keys = {name: tensor}
+        for key, value in keys.items():
+            tensors[_PREFIX + key.removeprefix(prefix)] = value.cpu().contiguous()
+    for name, target in adapted.items():
+        module = modules[name]
+        if isinstance(module, nn.MultiheadAttention) and f"{name}.out_proj" not in adapted:
+            for leaf, tensor in without_effect(module, target).items():
+                key = f"{name}.base_layer.out_proj.lora_{leaf}.weight"
+                tensors[_PREFIX + key.removeprefix(prefix)] = tensor
     return tensors
 
 
@@ -79,17 +106,31 @@ def to_peft_config(model: nn.Module, prefix: str = "") -> dict[str, Any]:
     record = require_injection(model)
     config, plan = record.config, record.plan
     part = model.get_submodule(prefix.rstrip("."))
-    names = [target.name.removeprefix(prefix) for target in plan.targets]
+    modules, adapted = modules_by_name(model), {target.name: target for target in plan.targets}
+    targets = [t for t in plan.targets if not attention_of(t.name, adapted, modules)]
+    names: list[str] = []
+    parameters: list[str] = []
+    # What PEFT adapts, its rank and its alpha: layers, and the single weights of experts.
+    settings: list[tuple[str, int, float]] = []
+    for target in targets:
+        name, module = target.name.removeprefix(prefix), modules[target.name]
+        leaves = peft_parameters(module, target)
+        theirs = [f"{name}.{leaf}" for leaf in leaves] or [name]
+        (parameters if leaves else names).extend(theirs)
+        rank = peft_multiple(module, target) * target.r
+        alpha = peft_alpha(module, target, config.use_rslora)
+        settings += [(each, rank, alpha) for each in theirs]
     trained_whole = [name.removeprefix(prefix) for name in plan.saved_modules]
     for parameter in plan.trained:
         owner = parameter.name.rpartition(".")[0].removeprefix(prefix)
         if parameter.reason in ("norm", "embedding") and owner not in trained_whole:
             trained_whole.append(owner)
 
-    def key(target: Target) -> str:
-        # To PEFT a key is a regex for the end of a name; the ^ makes it the whole name.
-        return "^" + re.escape(target.name.removeprefix(prefix))
-
+    default_r = _default([rank for _, rank, _ in settings], config.r)
+    default_alpha = _default([alpha for *_, alpha in settings], config.alpha)
+    # To PEFT a key is a regex for the end of a name; the ^ makes it the whole name.
+    ranks = {f"^{re.escape(name)}": rank for name, rank, _ in settings if rank != default_r}
+    alphas = {f"^{re.escape(name)}": a for name, _, a in settings if a != default_alpha}
     return {
         "peft_type": "LORA",
         "task_type": next(
@@ -98,12 +139,13 @@ def to_peft_config(model: nn.Module, prefix: str = "") -> dict[str, Any]:
         "base_model_name_or_path": getattr(getattr(part, "config", None), "_name_or_path", None)
         or None,
         "inference_mode": True,
-        "r": config.r,
-        "lora_alpha": config.alpha,
+        "r": default_r,
+        "lora_alpha": default_alpha,
         "lora_dropout": config.dropout,
         "target_modules": _short_names(part, names),
-        "rank_pattern": {key(t): t.r for t in plan.targets if t.r != config.r},
-        "alpha_pattern": {key(t): t.alpha for t in plan.targets if t.alpha != config.alpha},
+        "target_parameters": parameters or None,
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
         "bias": config.bias,
         "use_rslora": config.use_rslora,
         "use_dora": False,
@@ -111,6 +153,11 @@ def to_peft_config(model: nn.Module, prefix: str = "") -> dict[str, Any]:
         "fan_in_fan_out": any(target.kind == "Conv1D" for target in plan.targets),
         "init_lora_weights": True,
     }
+
+
+def _default(values: Sequence[Any], wanted: Any) -> Any:
+    """The value of the settings if a layer has it, else the most frequent one."""
+    return wanted if wanted in values else Counter(values).most_common(1)[0][0]
 
 
 def from_peft_config(
@@ -134,17 +181,21 @@ def from_peft_config(
         raise CheckpointError(
             f"{source} is a {values.get('peft_type')} adapter of PEFT; only LORA can be loaded."
         )
+    values = {**values, **_of_modules(values)}
     used = [name for name in _UNSUPPORTED if values.get(name)]
     if used:
         raise CheckpointError(f"{source} uses {', '.join(used)} of PEFT, which is not supported.")
     adapted = [name.removesuffix(".lora.A") for name in state if name.endswith(".lora.A")]
     if not adapted:
         raise CheckpointError(f"{source} holds no factors of adapted linear layers.")
-    targets = values["target_modules"]
+    targets = values["target_modules"] or []
     if isinstance(targets, str) or values.get("exclude_modules"):
         targets = "|".join(re.escape(name) for name in adapted)
     else:
         targets = sorted(t for t in targets if any(suffix_matches(t, name) for name in adapted))
+        # PEFT adapts the output projection of an attention without naming it, and names the
+        # parameters of experts.
+        targets += [n for n in adapted if not any(suffix_matches(t, n) for t in targets)]
     owners = {name.rpartition(".")[0] for name in state}
     whole = [
         wanted
@@ -164,6 +215,21 @@ def from_peft_config(
     )
 
 
+def _of_modules(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Patterns of ranks and alphas, with keys for experts beside those for their weights."""
+    owners = {p.rpartition(".")[0] for p in values.get("target_parameters") or ()}
+    leaves = {p.rpartition(".")[-1] for p in values.get("target_parameters") or ()}
+    changed = {}
+    for setting in ("rank_pattern", "alpha_pattern"):
+        pattern = dict(values.get(setting) or {})
+        for key, value in tuple(pattern.items()):
+            for owner in owners:
+                if any(key_matches(key, f"{owner}.{leaf}") for leaf in leaves):
+                    pattern[re.escape(owner)] = value
+        changed[setting] = pattern
+    return changed
+
+
 def _ancestors(name: str) -> list[str]:
     parts = name.split(".")
     return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
@@ -181,7 +247,10 @@ def _used_keys(pattern: Mapping[str, Any] | None, names: list[str]) -> dict[str,
 def from_peft_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An adapter's state under this project's names."""
     state = {}
-    for key, tensor in tensors.items():
+    for key, tensor in joined(tensors).items():
+        # PEFT never trains the weight of an adapted layer, but copies embedding tables beside it.
+        if key.endswith(".base_layer.weight"):
+            continue
         # With bias="all" PEFT writes the biases of wrapped modules under their wrappers' names once
         # more.
         if ".modules_to_save." in key or ".original_module." in key:
@@ -189,6 +258,7 @@ def from_peft_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name = key.removeprefix(_PREFIX)
         for factor in ("A", "B"):
             name = name.replace(f".lora_{factor}.weight", f".lora.{factor}")
+            name = name.replace(f".lora_embedding_{factor}", f".lora.{factor}")
         state[name.replace(".base_layer.", ".")] = tensor
     return state
 

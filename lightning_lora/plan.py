@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lightning_lora.names import listed
+from lightning_lora.slices import Slices
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,6 +26,9 @@ class Target:
         A_shape: Shape of A.
         B_shape: Shape of B.
         tied_to: Name of an earlier target with the same weight, whose factors this layer shares.
+        slices: The parts of a fused projection that are adapted, each with rank r; ``None`` if the
+            whole layer is.
+        weights: Names of the layer's parameters that the update is added to.
     """
 
     name: str
@@ -35,6 +39,8 @@ class Target:
     A_shape: tuple[int, ...]
     B_shape: tuple[int, ...]
     tied_to: str | None = None
+    slices: Slices | None = None
+    weights: tuple[str, ...] = ("weight",)
 
     @property
     def parameters(self) -> int:
@@ -118,7 +124,8 @@ class Plan:
         for setting, pattern, count in self.matches:
             table.add_row(escape(f"{setting} {pattern}"), f"{count:,}", "modules matched")
         table.add_section()
-        for (kind, r, alpha), count in _grouped(self.targets).items():
+        for (kind, parts, r, alpha), count in _grouped(self.targets).items():
+            kind += f" ({', '.join(parts)})" if parts else ""
             table.add_row(f"{kind}, r={r}, alpha={alpha:g}", f"{count:,}", "layers adapted")
         for reason, count in Counter(reason for _, reason in self.skipped).items():
             names = [name for name, why in self.skipped if why == reason]
@@ -150,8 +157,11 @@ class Plan:
         return capture.get()
 
 
-def _grouped(targets: tuple[Target, ...]) -> Counter[tuple[str, int, float]]:
-    return Counter((target.kind, target.r, target.alpha) for target in targets)
+def _grouped(targets: tuple[Target, ...]) -> Counter[tuple[str, tuple[str, ...], int, float]]:
+    return Counter(
+        (target.kind, target.slices.adapted if target.slices else (), target.r, target.alpha)
+        for target in targets
+    )
 
 
 def _product(shape: tuple[int, ...]) -> int:

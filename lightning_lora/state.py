@@ -232,7 +232,8 @@ def frozen_parameters(model: nn.Module) -> Iterator[Tensor]:
     modules = modules_by_name(model)
     # While merged, the weight of a layer may be a parameter of its own, untied from the original.
     originals = {
-        id(modules[name].weight): original for name, original in record.base_weights.items()
+        id(getattr(modules[name.rpartition(".")[0]], name.rpartition(".")[-1])): original
+        for name, original in record.base_weights.items()
     }
     seen = set(trained)
     for parameter in model.parameters():

@@ -6,24 +6,30 @@ from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import TargetError
+from lightning_lora.fused import fused_projections, query_and_value
 from lightning_lora.heads import output_heads
-from lightning_lora.layers import LoRAFactors, LoRALayer, adapted_class, supported_layers
+from lightning_lora.layers import adapted_class, supported_layers
 from lightning_lora.matching import (
     in_attention,
     inside,
-    is_fused,
     is_query_or_value,
     key_matches,
     pattern_matches,
     suffix_matches,
     suggest,
 )
-from lightning_lora.names import clean_name, modules_by_name
+from lightning_lora.names import modules_by_name
+from lightning_lora.obstacles import (
+    attention_around,
+    find_obstacles,
+    holds_experts,
+    refuse_lazy,
+)
 from lightning_lora.plan import Plan, Target
+from lightning_lora.slices import Slices
 from lightning_lora.trained import saved_modules, trained_parameters
 
 N = TypeVar("N", int, float)
@@ -40,11 +46,13 @@ def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
         TargetError: A pattern matched nothing (with the nearest names), or a layer that cannot be
             adapted.
     """
-    _refuse_lazy(model)
+    refuse_lazy(model)
     modules = modules_by_name(model)
     saved = saved_modules(modules, config)
-    names, matches, skipped = _target_names(modules, config, saved)
-    targets = tuple(_targets(modules, names, config))
+    obstacles = find_obstacles(modules, config.dropout)
+    slices = _slices(modules, config, saved, obstacles)
+    names, matches, skipped = _target_names(modules, config, saved, obstacles, slices)
+    targets = tuple(_targets(modules, names, config, slices))
     matches += _key_counts("rank_pattern", config.rank_pattern, names)
     matches += _key_counts("alpha_pattern", config.alpha_pattern, names)
     return Plan(
@@ -58,26 +66,30 @@ def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
 
 
 def _target_names(
-    modules: dict[str, nn.Module], config: LoRAConfig, saved: tuple[str, ...]
+    modules: dict[str, nn.Module],
+    config: LoRAConfig,
+    saved: tuple[str, ...],
+    obstacles: dict[str, str | None],
+    slices: dict[str, Slices],
 ) -> tuple[list[str], list[tuple[str, str, int]], list[tuple[str, str]]]:
-    obstacles = {name: _obstacle(name, module, modules) for name, module in modules.items()}
     adaptable = [name for name, why in obstacles.items() if why is None]
     matches: list[tuple[str, str, int]] = []
     skipped: list[tuple[str, str]] = []
     wanted = config.target_modules
     if wanted in ("all-linear", "qv", "attention"):
         heads = output_heads(modules)
-        if wanted == "qv":
-            _refuse_fused(modules, config)
         asked = [
-            name for name in modules if _in_preset(str(wanted), name) and not inside(name, heads)
+            name
+            for name, module in modules.items()
+            if _in_preset(str(wanted), name, module, slices)
+            and not inside(name, heads)
+            and _is_linear(module)
         ]
         chosen = [name for name in asked if obstacles[name] is None]
-        skipped += [
-            (name, str(obstacles[name]))
-            for name in asked
-            if obstacles[name] is not None and isinstance(modules[name], nn.Linear)
-        ]
+        skipped += [(name, str(obstacles[name])) for name in asked if obstacles[name] is not None]
+        if wanted == "all-linear":
+            reason = "the weights of experts, which are adapted by name alone"
+            skipped += [(name, reason) for name, module in modules.items() if holds_experts(module)]
         if not chosen:
             hint = suggest("query", adaptable)
             if skipped:
@@ -92,19 +104,40 @@ def _target_names(
         chosen = _explicit(modules, config, saved, obstacles, adaptable, matches)
     if config.exclude_modules is not None:
         chosen = _without_excluded(modules, chosen, config, matches)
-    chosen = [name for name in chosen if not inside(name, saved)]
+    outers = {name: attention_around(name, modules) for name in chosen}
+    chosen = [
+        name
+        for name, outer in outers.items()
+        if not inside(name, saved)
+        and not (config.train_embeddings and isinstance(modules[name], nn.Embedding))
+        and not (outer is not None and _excluded(outer, config))
+    ]
+    for name in chosen:
+        outer = outers[name]
+        if outer is not None and outer not in chosen:
+            raise TargetError(
+                f"{name!r} is run by {outer!r}, which reads its weights instead of calling it: "
+                f"adapt {outer.rpartition('.')[-1]!r} too, or leave both out."
+            )
     if not chosen:
         raise TargetError(
             f"No layer is left to adapt: target_modules={wanted!r} matched only layers that "
-            "exclude_modules or modules_to_save take away."
+            "exclude_modules, modules_to_save or train_embeddings take away."
         )
     return chosen, matches, skipped
 
 
-def _in_preset(preset: str, name: str) -> bool:
+def _is_linear(module: nn.Module) -> bool:
+    """Whether the presets count a module among the linear layers, adaptable or not."""
+    adapted = adapted_class(type(module))
+    return isinstance(module, nn.Linear) or (adapted is not None and adapted.is_linear)
+
+
+def _in_preset(preset: str, name: str, module: nn.Module, slices: dict[str, Slices]) -> bool:
+    is_attention = isinstance(module, nn.MultiheadAttention)
     if preset == "qv":
-        return is_query_or_value(name)
-    return preset == "all-linear" or in_attention(name)
+        return is_query_or_value(name) or name in slices or is_attention
+    return preset == "all-linear" or in_attention(name) or is_attention
 
 
 def _explicit(
@@ -179,58 +212,42 @@ def _excluded(name: str, config: LoRAConfig) -> bool:
     return excluded is not None and bool(pattern_matches(excluded, name))
 
 
-def _obstacle(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> str | None:
-    """Why a module cannot be adapted, or ``None``."""
-    if isinstance(module, (LoRALayer, LoRAFactors)):
-        return "it has been adapted already"
-    if not name or adapted_class(type(module)) is None:
-        types = ", ".join(supported_layers())
-        why = f"{type(module).__name__} is not a supported layer type ({types})"
-        if isinstance(module, nn.Linear):
-            why += "; it overrides forward, so register a layer class for it with register_layer"
-        return why
-    if "weight" not in module._parameters:
-        return "its weight is computed by a parametrization, which a merge could not undo"
-    if hasattr(module, "lora"):
-        return "it has an attribute called lora already"
-    parent = modules.get(name.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
-        return "projects inside nn.MultiheadAttention, which bypasses the layer's forward"
-    if "forward" in module.__dict__:
-        return (
-            "its forward was replaced on the instance (by a device map of accelerate, for "
-            "instance), which would bypass LoRA; load the model without device_map"
-        )
-    return None
-
-
-def _refuse_lazy(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if is_lazy(parameter):
+def _slices(
+    modules: dict[str, nn.Module],
+    config: LoRAConfig,
+    saved: tuple[str, ...],
+    obstacles: dict[str, str | None],
+) -> dict[str, Slices]:
+    """The parts of layers that have factors of their own, by the layer's name."""
+    found = {}
+    for name, module in modules.items():
+        adapted = adapted_class(type(module))
+        if adapted is not None and obstacles[name] is None:
+            parts = adapted.slices(module, query_and_value=config.target_modules == "qv")
+            if parts is not None:
+                found[name] = parts
+    for name in fused_projections(modules) if config.target_modules == "qv" else ():
+        if _excluded(name, config) or inside(name, saved):
+            continue
+        adapted = adapted_class(type(modules[name]))
+        if adapted is None or obstacles[name] is not None:
             raise TargetError(
-                f"The shape of {clean_name(name)!r} is unknown until its module has run: pass one "
-                "batch through the model first, or give the layer its sizes."
+                f"target_modules='qv': {name!r} holds the query, key and value projections and "
+                f"cannot be adapted: {obstacles[name]}."
             )
-
-
-def _refuse_fused(modules: dict[str, nn.Module], config: LoRAConfig) -> None:
-    fused = [
-        name
-        for name, module in modules.items()
-        if is_fused(name) and not any(module.children()) and not _excluded(name, config)
-    ]
-    if fused:
-        raise TargetError(
-            f"target_modules='qv': {fused[0]!r} holds the query, key and value projections in one "
-            "weight, of which single slices cannot be adapted yet. Use "
-            "target_modules='attention' or name the layer."
-        )
+        rows = adapted.factor_shapes(modules[name], r=1)[1][0]
+        found[name] = query_and_value(name, rows, modules)
+    return found
 
 
 def _targets(
-    modules: dict[str, nn.Module], names: list[str], config: LoRAConfig
+    modules: dict[str, nn.Module],
+    names: list[str],
+    config: LoRAConfig,
+    slices: dict[str, Slices],
 ) -> Iterator[Target]:
     first_with: dict[int, str] = {}
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     for name in names:
         module = modules[name]
         adapted = adapted_class(type(module))
@@ -238,7 +255,17 @@ def _targets(
         r = _by_key(config.rank_pattern, name, config.r)
         alpha = _by_key(config.alpha_pattern, name, config.alpha)
         A_shape, B_shape = adapted.factor_shapes(module, r)
-        first = first_with.setdefault(id(module.weight), name)
+        parts = slices.get(name)
+        if parts is not None:
+            A_shape, B_shape = parts.shapes(A_shape, B_shape)
+        weights = adapted.weights(module, parts)
+        first = first_with.setdefault(id(getattr(module, weights[0])), name)
+        if shapes.setdefault(first, (A_shape, B_shape)) != (A_shape, B_shape):
+            raise TargetError(
+                f"{name!r} and {first!r} share one weight, but their factors have other shapes "
+                f"(A {A_shape} and {shapes[first][0]}), so they cannot share those. Leave one of "
+                "them out with exclude_modules: it keeps the base weight, and a merge unties it."
+            )
         yield Target(
             name=name,
             kind=type(module).__name__,
@@ -248,6 +275,8 @@ def _targets(
             A_shape=A_shape,
             B_shape=B_shape,
             tied_to=None if first == name else first,
+            slices=parts,
+            weights=weights,
         )
 
 

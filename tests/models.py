@@ -112,6 +112,7 @@ _SMALL = {
     "intermediate_size": 24,
     "max_position_embeddings": 32,
 }
+_GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
 _SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertForSequenceClassification", {}),
     "roberta": ("RobertaForQuestionAnswering", {}),
@@ -126,18 +127,66 @@ _SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "albert": ("AlbertForSequenceClassification", {"embedding_size": 8}),
     "llama": ("LlamaForCausalLM", {"num_key_value_heads": 1}),
+    "gemma3": ("Gemma3ForCausalLM", {"num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0}),
+    "qwen3": ("Qwen3ForCausalLM", {"num_key_value_heads": 1, "head_dim": 8}),
     "mistral": ("MistralForCausalLM", {"num_key_value_heads": 1, "head_dim": 8}),
     "opt": (
         "OPTForCausalLM",
         {"ffn_dim": 24, "word_embed_proj_dim": 16, "pad_token_id": 1},
+    ),
+    "mixtral": (
+        "MixtralForCausalLM",
+        {"num_key_value_heads": 1, "head_dim": 8, "num_local_experts": 3, "num_experts_per_tok": 2},
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        {"num_key_value_heads": 1, "head_dim": 8, "num_experts": 3, "num_experts_per_tok": 2}
+        | {"moe_intermediate_size": 24},
+    ),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        {"num_key_value_heads": 1, "head_dim": 8, "num_local_experts": 3, "num_experts_per_tok": 2}
+        | {"layer_types": ["full_attention", "sliding_attention"]},
+    ),
+    "clip": (
+        "CLIPModel",
+        {
+            "text_config": {**_SMALL, "projection_dim": 12, "bos_token_id": 1, "eos_token_id": 2},
+            "vision_config": {**_SMALL, "image_size": 8, "patch_size": 4, "projection_dim": 12},
+            "projection_dim": 12,
+        },
+    ),
+    "wav2vec2": (
+        "Wav2Vec2ForCTC",
+        {"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3)}
+        | {"num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4}
+        | {"num_conv_pos_embedding_groups": 2, "pad_token_id": 0},
     ),
     "t5": (
         "T5ForConditionalGeneration",
         {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2},
     ),
     "vit": ("ViTForImageClassification", {"image_size": 8, "patch_size": 4}),
-    "gpt2": ("GPT2LMHeadModel", {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}),
+    "gpt2": ("GPT2LMHeadModel", _GPT2),
     "gpt_neox": ("GPTNeoXForCausalLM", {}),
+    "gpt_bigcode": ("GPTBigCodeForCausalLM", _GPT2),
+    "gpt_bigcode, heads": ("GPTBigCodeForCausalLM", {**_GPT2, "multi_query": False}),
+    "codegen": ("CodeGenForCausalLM", {**_GPT2, "n_head": 4, "n_ctx": 32, "rotary_dim": 2}),
+    "bloom": ("BloomForCausalLM", {"n_layer": 2, "n_head": 2}),
+    "mpt": ("MptForCausalLM", {"d_model": 16, "n_heads": 2, "n_layers": 2}),
+    "persimmon": ("PersimmonForCausalLM", {}),
+    "falcon": ("FalconForCausalLM", {}),
+    "falcon, heads": ("FalconForCausalLM", {"multi_query": False}),
+    "falcon, groups": (
+        "FalconForCausalLM",
+        {"new_decoder_architecture": True, "num_attention_heads": 4, "num_kv_heads": 2},
+    ),
+    "phi3": ("Phi3ForCausalLM", {"num_key_value_heads": 1, "pad_token_id": 0}),
+    "modernbert": (
+        "ModernBertForSequenceClassification",
+        {"pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1}
+        | {"eos_token_id": 2, "layer_types": ["full_attention", "sliding_attention"]},
+    ),
 }
 _CACHE: dict[str, nn.Module] = {}
 

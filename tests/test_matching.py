@@ -74,3 +74,4 @@ def test_projections_by_name() -> None:
     assert not is_query_or_value("h.0.k_proj")
     assert is_fused("h.0.c_attn")
     assert not is_fused("c_attn.proj")
+    assert is_fused("h.0.attn.in_proj") and not is_fused("h.0.mamba.in_proj")

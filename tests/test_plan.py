@@ -49,9 +49,10 @@ def _share(part: int, whole: int) -> str:
 
 
 def test_what_is_left_alone_is_said_with_the_reason() -> None:
-    text = " ".join(rows(make_plan(AttentionNet(), LoRAConfig())))
-    assert "left alone 3 projects inside nn.MultiheadAttention" in text
-    assert "encoder.layers.0.self_attn.out_proj" in text
+    text = " ".join(rows(make_plan(AttentionNet(), LoRAConfig(dropout=0.1))))
+    assert "left alone 3 PyTorch gives nn.MultiheadAttention no place for dropout" in text
+    assert "encoder.layers.0.self_attn, encoder.layers.1.self_attn, attention" in text
+    assert "it is run by 'attention', which cannot be adapted: PyTorch gives" in text
 
 
 def test_expressions_are_shown_as_they_are() -> None:

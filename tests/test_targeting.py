@@ -69,13 +69,6 @@ def test_presets_on_hugging_face_models(
     assert plans["qv"].counts()["whole"] == sum(head_sizes)
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox"])
-def test_qv_on_fused_projections_is_explained(architecture: str) -> None:
-    said = refusal(hugging_face(architecture), target_modules="qv")
-    assert "holds the query, key and value projections in one weight" in said
-    assert "'attention'" in said
-
-
 def test_fused_projections_that_are_excluded_do_not_matter() -> None:
     model = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "qkv": nn.Linear(4, 12)})
     assert names(plan_for(model, target_modules="qv", exclude_modules=["qkv"])) == ["q_proj"]
@@ -162,7 +155,7 @@ def test_a_target_that_is_saved_whole_is_not_adapted() -> None:
         ({"target_modules": "inner"}, "'inner' matched nothing"),
         (
             {"target_modules": ["act"]},
-            "Tanh is not a supported layer type (torch.nn.modules.linear",
+            "Tanh is not a supported layer type (torch.nn.modules.",
         ),
         ({"target_modules": "qv"}, "target_modules='qv' matched no layer"),
         ({"target_modules": "attention"}, "target_modules='attention' matched no layer"),
@@ -224,18 +217,22 @@ def test_ranks_and_alphas_by_pattern() -> None:
 
 def test_the_output_projection_inside_multihead_attention() -> None:
     model = AttentionNet()
-    plan = plan_for(model)
+    layers = ["encoder.layers.0.self_attn", "encoder.layers.1.self_attn", "attention"]
+    plan = plan_for(model, target_modules="attention")
+    assert names(plan) == [f"{layer}{leaf}" for layer in layers for leaf in ("", ".out_proj")]
+    assert names(plan_for(model, target_modules="qv")) == layers
+    assert len(names(plan_for(model))) == 6 + 5
+    assert "adapt 'self_attn' too, or leave" in refusal(model, target_modules=["out_proj"])
+    plan = plan_for(model, target_modules="attention", exclude_modules=["self_attn"])
+    assert names(plan) == ["attention", "attention.out_proj"]
+    plan = plan_for(model, dropout=0.1)
     assert names(plan) == [
         *(f"encoder.layers.{i}.linear{j}" for i in range(2) for j in (1, 2)),
         "head",
     ]
-    skipped = [name for name, _ in plan.skipped]
-    assert skipped == [
-        *(f"encoder.layers.{i}.self_attn.out_proj" for i in range(2)),
-        "attention.out_proj",
-    ]
-    assert "bypasses the layer's forward" in refusal(model, target_modules=["out_proj"])
-    assert "bypasses the layer's forward" in refusal(model, target_modules="attention")
+    assert {name for name, _ in plan.skipped} == {*layers, *(f"{n}.out_proj" for n in layers)}
+    said = refusal(model, target_modules="attention", dropout=0.1)
+    assert "no place for dropout on the adapter's input; set dropout to 0" in said
     plan = plan_for(
         model,
         target_modules=["linear1", "out_proj"],

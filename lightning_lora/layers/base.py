@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copyreg
 import importlib
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from lightning_lora.errors import TargetError
 from lightning_lora.layers.factors import LoRAFactors
+from lightning_lora.slices import Slices
 
 
 class LoRALayer(nn.Module):
@@ -23,31 +25,114 @@ class LoRALayer(nn.Module):
 
     base_class: ClassVar[type[nn.Module]]
     lora: LoRAFactors
+    # Whether the presets of target_modules count the layer among the linear ones.
+    is_linear: ClassVar[bool] = True
+    # The factor that is zero at first.
+    zero_factor: ClassVar[str] = "B"
+    # Whether a subclass of base_class with a forward around super().forward() is adapted inside it.
+    adapts_inside_forward: ClassVar[bool] = False
 
     @classmethod
     def factor_shapes(cls, module: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of A and B for adapting ``module`` at rank ``r``."""
         raise NotImplementedError
 
+    @classmethod
+    def weights(cls, module: nn.Module, slices: Slices | None = None) -> tuple[str, ...]:
+        """Names of the parameters of ``module`` that are adapted.
+
+        Args:
+            module: The layer.
+            slices: The parts that have factors, if not all.
+        """
+        return ("weight",)
+
+    @classmethod
+    def slices(cls, module: nn.Module, query_and_value: bool) -> Slices | None:
+        """The parts of ``module`` that have factors of their own; ``None`` where one pair serves
+        all of it.
+
+        Args:
+            module: The layer.
+            query_and_value: Whether W_q and W_v alone are wanted, of a layer that knows them.
+        """
+        return None
+
+    @classmethod
+    def obstacle(cls, module: nn.Module, dropout: float) -> str | None:
+        """Why this very module cannot be adapted with this dropout, or ``None``."""
+        return None
+
     def delta_weight(self) -> Tensor:
         """The update of the base weight, in the weight's shape and the factors' dtype."""
         raise NotImplementedError
 
+    def delta_weights(self) -> dict[str, Tensor]:
+        """The update of each adapted parameter, by the parameter's name."""
+        return {"weight": self.delta_weight()}
+
 
 # Layers of packages that are imported only where a model brings them, and where each is adapted.
-_ON_DEMAND = {("transformers.pytorch_utils", "Conv1D"): "lightning_lora.layers.conv1d"}
+_ON_DEMAND = {
+    ("transformers.pytorch_utils", "Conv1D"): "lightning_lora.layers.conv1d",
+    (
+        "transformers.models.falcon.modeling_falcon",
+        "FalconLinear",
+    ): "lightning_lora.layers.falcon",
+}
 _REGISTRY: dict[type[nn.Module], type[LoRALayer]] = {}
+_FAMILIES: dict[str, tuple[Callable[[type[nn.Module]], bool], type[LoRALayer]]] = {}
 _DERIVED: dict[type[nn.Module], type[LoRALayer]] = {}
 
 
 def register_layer(adapted: type[LoRALayer]) -> type[LoRALayer]:
     """Make a layer type adaptable; usable as a class decorator.
 
+    A layer that computes around one that can be adapted inherits from both, itself first:
+    ``class LoRAScaled(Scaled, LoRALinear): base_class = Scaled``. A layer of another kind says the
+    shapes of its factors, its forward and the update of its weight, as below. A and B are used
+    inside the call of ``self.lora`` alone, which is where a sharded model has gathered them.
+
     Args:
         adapted: A subclass of `LoRALayer` and of its own ``base_class``.
 
     Raises:
         TargetError: The class is not a subclass of `LoRALayer` and of its ``base_class``.
+
+    Example:
+        >>> import torch
+        >>> import torch.nn.functional as F
+        >>> from lightning_lora import inject_lora, merge_lora
+        >>> class Transposed(nn.Module):
+        ...     def __init__(self, inputs, outputs):
+        ...         super().__init__()
+        ...         self.weight = nn.Parameter(torch.randn(inputs, outputs))
+        ...     def forward(self, x):
+        ...         return x @ self.weight
+        >>> @register_layer
+        ... class LoRATransposed(LoRALayer, Transposed):
+        ...     base_class = Transposed
+        ...     @classmethod
+        ...     def factor_shapes(cls, module, r):
+        ...         inputs, outputs = module.weight.shape
+        ...         return (r, inputs), (outputs, r)
+        ...     def forward(self, x):
+        ...         return self.lora(self.updated, x)
+        ...     def updated(self, x, A, B, scaling, dropout):
+        ...         update = F.dropout(x, dropout) @ A.t() @ B.t()
+        ...         return super().forward(x) + scaling * update
+        ...     def delta_weight(self):
+        ...         A, B = self.lora.pair()
+        ...         return self.lora.scaling * (B @ A).t()
+        >>> model = nn.Sequential(Transposed(4, 3))
+        >>> inject_lora(model, r=2, alpha=6).lora_parameters
+        14
+        >>> with torch.no_grad():
+        ...     _ = nn.init.ones_(model[0].lora.B)
+        ...     adapted = model(torch.ones(1, 4))
+        >>> merge_lora(model)
+        >>> type(model[0]).__name__, torch.allclose(model(torch.ones(1, 4)), adapted, atol=1e-5)
+        ('Transposed', True)
     """
     base = getattr(adapted, "base_class", None)
     if base is None or not issubclass(adapted, base) or not issubclass(adapted, LoRALayer):
@@ -59,18 +144,38 @@ def register_layer(adapted: type[LoRALayer]) -> type[LoRALayer]:
     return adapted
 
 
+def register_family(
+    label: str, matches: Callable[[type[nn.Module]], bool]
+) -> Callable[[type[LoRALayer]], type[LoRALayer]]:
+    """Make every layer type adaptable that a function recognises; a class decorator.
+
+    For types with a common interface and no common base class.
+
+    Args:
+        label: What the types are called in lists of what is supported.
+        matches: Whether a type belongs to the family.
+    """
+
+    def register(adapted: type[LoRALayer]) -> type[LoRALayer]:
+        _FAMILIES[label] = matches, adapted
+        return adapted
+
+    return register
+
+
 def supported_layers() -> tuple[str, ...]:
     """Names of the layer types that can be adapted."""
     registered = (f"{base.__module__}.{base.__qualname__}" for base in _REGISTRY)
     on_demand = (f"{module}.{name}" for module, name in _ON_DEMAND)
-    return tuple(dict.fromkeys([*registered, *on_demand]))
+    return tuple(dict.fromkeys([*registered, *on_demand, *_FAMILIES]))
 
 
 def adapted_class(layer: type[nn.Module]) -> type[LoRALayer] | None:
     """The class that a module of type ``layer`` is swapped to, or ``None`` if it cannot be adapted.
 
     A subclass of a registered type qualifies if it kept that type's ``forward``; one with a forward
-    of its own would lose it in the swap, and needs `register_layer`.
+    of its own would lose it in the swap, and needs `register_layer`. Embeddings that only compute
+    around ``super().forward()`` (scaled or shifted ones) qualify too.
     """
     for ancestor in layer.__mro__:
         home = _ON_DEMAND.get((ancestor.__module__, ancestor.__qualname__))
@@ -81,17 +186,34 @@ def adapted_class(layer: type[nn.Module]) -> type[LoRALayer] | None:
     if layer in _DERIVED:
         return _DERIVED[layer]
     for base, adapted in _REGISTRY.items():
-        if (
-            issubclass(layer, base)
-            and not issubclass(layer, LoRALayer)
-            and layer.forward is base.forward
-        ):
-            derived = type(
-                f"LoRA{layer.__name__}", (_Derived, adapted, layer), {"base_class": layer}
-            )
-            _DERIVED[layer] = derived
-            return derived
+        if not issubclass(layer, base) or issubclass(layer, LoRALayer):
+            continue
+        bases: tuple[type[nn.Module], ...]
+        if layer.forward is base.forward:
+            bases = (_Derived, adapted, layer)
+        elif adapted.adapts_inside_forward and _only_calls_super(layer.forward):
+            bases = (_Derived, layer, adapted)
+        else:
+            continue
+        return _derive(layer, bases)
+    for matches, adapted in _FAMILIES.values():
+        if matches(layer) and not issubclass(layer, LoRALayer):
+            return _derive(layer, (_Derived, adapted, layer))
     return None
+
+
+def _derive(layer: type[nn.Module], bases: tuple[type[nn.Module], ...]) -> type[LoRALayer]:
+    _DERIVED[layer] = type(f"LoRA{layer.__name__}", bases, {"base_class": layer})
+    return _DERIVED[layer]
+
+
+def _only_calls_super(forward: Any) -> bool:
+    """Whether a forward leaves the use of the weight to the one that it overrides."""
+    code = getattr(forward, "__code__", None)
+    if code is None or "__class__" not in code.co_freevars:
+        return False
+    names = {*code.co_names}
+    return {"super", "forward"} <= names and not {"F", "functional", "embedding"} & names
 
 
 class _Derived(LoRALayer):

@@ -34,7 +34,7 @@ class LoRAConv1D(LoRALayer, Conv1D):
 
     def delta_weight(self) -> Tensor:
         """``s * (B @ A)^T``, shape ``(in, out)``."""
-        return delta_weight(self.lora.A, self.lora.B, self.lora.scaling).t()
+        return delta_weight(*self.lora.pair(), self.lora.scaling).t()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.slices import Slices
+
 
 class LoRAFactors(nn.Module):
     """Factors A and B of a low-rank update ``s * B @ A``, held as the child ``lora`` of an adapted
@@ -31,10 +33,12 @@ class LoRAFactors(nn.Module):
         seed: Seed of the initialisation.
         device: Device of the factors.
         dtype: Dtype of the adapted weight; the factors take it if it is wider than float32.
+        slices: The parts of a fused projection that have factors, if not the whole of it has.
+        zero: The factor that is zero at first, ``"A"`` or ``"B"``; the other is drawn.
 
     Attributes:
         A: Parameter of shape ``A_shape``.
-        B: Parameter of shape ``B_shape``, zero at first.
+        B: Parameter of shape ``B_shape``.
         hidden: While true (the factors are merged into the weight), state dicts leave the factors
             out.
     """
@@ -52,6 +56,8 @@ class LoRAFactors(nn.Module):
         seed: int,
         device: torch.device,
         dtype: torch.dtype,
+        slices: Slices | None = None,
+        zero: str = "B",
     ) -> None:
         super().__init__()
         master = (
@@ -59,6 +65,7 @@ class LoRAFactors(nn.Module):
         )
         self.name, self.init, self.seed = name, init, seed
         self.r, self.alpha, self.scaling, self.dropout = r, alpha, scaling, dropout
+        self.slices, self.zero = slices, zero
         self.hidden = False
         self.A = nn.Parameter(torch.empty(*A_shape, device=device, dtype=master))
         self.B = nn.Parameter(torch.empty(*B_shape, device=device, dtype=master))
@@ -68,13 +75,14 @@ class LoRAFactors(nn.Module):
         """Draw A anew (the same values each time) and set B to zero; a no-op on the meta device.
 
         ``"kaiming"`` is PEFT's and loralib's uniform distribution with bound ``1 / sqrt(fan_in)``;
-        ``"gaussian"`` is normal with standard deviation ``1 / r``.
+        ``"gaussian"`` is normal with standard deviation ``1 / r``. Where A is the zero one, B is
+        drawn from a normal distribution with standard deviation 1, as they do for embeddings.
         """
         if self.A.is_meta:
             return
         with torch.no_grad():
             self.A.copy_(self.initial_value("A", self.A.shape))
-            self.B.zero_()
+            self.B.copy_(self.initial_value("B", self.B.shape))
 
     def initial_value(self, factor: str, shape: Sequence[int]) -> Tensor:
         """The whole of a factor as it starts, on the CPU.
@@ -85,25 +93,41 @@ class LoRAFactors(nn.Module):
         """
         # On the CPU even inside `with torch.device(...)`: the draw must not depend on the device.
         value = torch.zeros(*shape, dtype=getattr(self, factor).dtype, device="cpu")
-        if factor == "B":
+        if factor == self.zero:
             return value
         digest = hashlib.blake2b(f"{self.seed}:{self.name}".encode(), digest_size=7).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big"))
+        if factor == "B":
+            return value.normal_(generator=generator)
         if self.init == "gaussian":
             return value.normal_(std=1 / self.r, generator=generator)
-        return nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
+        widths = None if self.slices is None else self.slices.adapted_widths()
+        for part in value.split(widths or value.shape[1], dim=1):
+            nn.init.kaiming_uniform_(part, a=math.sqrt(5), generator=generator)
+        return value
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """A and B of the whole layer's update; sliced factors have zeros in the other rows of B.
+
+        Parts with inputs of their own stay as they are stored, see `Slices.blocks`.
+        """
+        if self.slices is None or self.slices.widths is not None:
+            return self.A, self.B
+        return self.A, self.slices.spread(self.B)
 
     def forward(self, update: Callable[..., Tensor], *inputs: Any) -> Tensor:
-        """Run ``update(*inputs, A, B, scaling, dropout)``; dropout is 0 in evaluation.
+        """Run ``update(*inputs, A, B, scaling, dropout)``, with A and B as `pair` gives them;
+        dropout is 0 in evaluation.
 
         A module call, so that a sharded unit of the factors alone can gather them around it.
         """
         dropout = self.dropout if self.training else 0.0
-        return update(*inputs, self.A, self.B, self.scaling, dropout)
+        return update(*inputs, *self.pair(), self.scaling, dropout)
 
     def extra_repr(self) -> str:
         """Rank, alpha and dropout, for `print`."""
-        return f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}"
+        parts = "" if self.slices is None else f", parts={','.join(self.slices.adapted)}"
+        return f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}{parts}"
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if not self.hidden:

@@ -32,7 +32,7 @@ class LoRALinear(LoRALayer, nn.Linear):
 
     def delta_weight(self) -> Tensor:
         """``s * B @ A``, shape ``(out_features, in_features)``."""
-        return delta_weight(self.lora.A, self.lora.B, self.lora.scaling)
+        return delta_weight(*self.lora.pair(), self.lora.scaling)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(..., in_features)`` to ``(..., out_features)``."""

@@ -155,15 +155,20 @@ class FlatSharded(Sharded):
         modules = modules_by_name(model)
         factors = self.state(model)
         factors_are_finite(record, factors)
-        weights = {f"{t.name}.weight" for t in record.plan.targets if t.tied_to is None}
+        weights = {
+            f"{t.name}.{leaf}"
+            for t in record.plan.targets
+            if t.tied_to is None
+            for leaf in t.weights
+        }
         for parameters in self._gathered(model, weights, write=True):
             for name, weight in parameters.items():
-                layer = name.removesuffix(".weight")
+                layer, _, leaf = name.rpartition(".")
                 module = modules[layer]
                 assert isinstance(module, LoRALayer)
                 with _replaced(unwrap(module.lora), factors, layer):
-                    delta = module.delta_weight()
-                record.base_weights[layer] = (weight, _my_part(weight).to("cpu", copy=True))
+                    delta = module.delta_weights()[leaf]
+                record.base_weights[name] = (weight, _my_part(weight).to("cpu", copy=True))
                 weight.data.copy_((weight.to(delta.dtype) + delta).to(weight.dtype))
         for target in record.plan.targets:
             unwrap(modules[target.name].lora).hidden = True  # type: ignore[arg-type, assignment]
@@ -177,10 +182,9 @@ class FlatSharded(Sharded):
         if not record.merged:
             return
         modules = modules_by_name(model)
-        weights = {f"{name}.weight" for name in record.base_weights}
-        for parameters in self._gathered(model, weights, write=True):
+        for parameters in self._gathered(model, set(record.base_weights), write=True):
             for name, weight in parameters.items():
-                _, part = record.base_weights[name.removesuffix(".weight")]
+                _, part = record.base_weights[name]
                 weight.data.copy_(_joined(part.to(weight.device), weight))
         for target in record.plan.targets:
             unwrap(modules[target.name].lora).hidden = False  # type: ignore[arg-type, assignment]

@@ -1,0 +1,81 @@
+"""Why a module cannot be adapted."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lightning_lora.errors import TargetError
+from lightning_lora.layers import LoRAFactors, LoRALayer, adapted_class, supported_layers
+from lightning_lora.names import clean_name
+
+
+def find_obstacles(modules: dict[str, nn.Module], dropout: float) -> dict[str, str | None]:
+    """What stands in the way of adapting each module, or ``None``.
+
+    Args:
+        modules: The model's modules by name.
+        dropout: Dropout of the adapter's input.
+    """
+    return {name: _obstacle(name, module, modules, dropout) for name, module in modules.items()}
+
+
+def _obstacle(
+    name: str, module: nn.Module, modules: dict[str, nn.Module], dropout: float
+) -> str | None:
+    if isinstance(module, (LoRALayer, LoRAFactors)):
+        return "it has been adapted already"
+    adapted = adapted_class(type(module))
+    if not name or adapted is None:
+        types = ", ".join(supported_layers())
+        why = f"{type(module).__name__} is not a supported layer type ({types})"
+        if isinstance(module, nn.Linear):
+            why += "; it overrides forward, so register a layer class for it with register_layer"
+        return why
+    if (obstacle := adapted.obstacle(module, dropout)) is not None:
+        return obstacle
+    if any(leaf not in module._parameters for leaf in adapted.weights(module)):
+        return "its weight is computed by a parametrization, which a merge could not undo"
+    if hasattr(module, "lora"):
+        return "it has an attribute called lora already"
+    outer = attention_around(name, modules)
+    if outer is not None:
+        why_not = _obstacle(outer, modules[outer], modules, dropout)
+        if why_not is not None:
+            return f"it is run by {outer!r}, which cannot be adapted: {why_not}"
+    if "forward" in module.__dict__:
+        return (
+            "its forward was replaced on the instance (by a device map of accelerate, for "
+            "instance), which would bypass LoRA; load the model without device_map"
+        )
+    return None
+
+
+def attention_around(name: str, modules: dict[str, nn.Module]) -> str | None:
+    """Name of the `torch.nn.MultiheadAttention` whose output projection a layer is.
+
+    That one reads the layer's weights instead of calling it.
+    """
+    outer = name.rpartition(".")[0]
+    return outer if isinstance(modules.get(outer), nn.MultiheadAttention) else None
+
+
+def holds_experts(module: nn.Module) -> bool:
+    """Whether a module keeps the matrices of several experts in 3-D parameters."""
+    return "experts" in type(module).__name__.lower() and any(
+        parameter is not None and parameter.ndim == 3 for parameter in module._parameters.values()
+    )
+
+
+def refuse_lazy(model: nn.Module) -> None:
+    """Shapes must be known.
+
+    Raises:
+        TargetError: Names a parameter without a shape.
+    """
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise TargetError(
+                f"The shape of {clean_name(name)!r} is unknown until its module has run: pass one "
+                "batch through the model first, or give the layer its sizes."
+            )

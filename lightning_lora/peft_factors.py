@@ -1,0 +1,148 @@
+"""The factors of one layer as PEFT keeps them, where that differs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from lightning_lora.errors import CheckpointError
+from lightning_lora.layers import LoRAExperts, adapted_class
+from lightning_lora.plan import Target
+
+
+def peft_multiple(module: nn.Module, target: Target) -> int:
+    """How often the rank r goes into the rank that the layer has in PEFT.
+
+    PEFT has no factors for parts of a layer: k parts of rank r become factors of rank ``k * r`` for
+    the whole of it, with zeros where a part does not reach.
+    """
+    if target.slices is not None and target.slices.widths is None:
+        return len(target.slices.adapted)
+    return module.groups if isinstance(module, _ConvNd) else 1
+
+
+def peft_alpha(module: nn.Module, target: Target, use_rslora: bool) -> float:
+    """The alpha that gives the same scaling with PEFT's rank."""
+    k = peft_multiple(module, target)
+    return target.alpha * (math.sqrt(k) if use_rslora else k)
+
+
+def refuse_for_peft(module: nn.Module, target: Target) -> None:
+    """PEFT must compute the same with a layer.
+
+    Raises:
+        CheckpointError: It computes something else, or cannot adapt the layer.
+    """
+    if isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim:
+        raise CheckpointError(
+            f"PEFT cannot adapt {target.name!r}: its query, key and value projections have "
+            "separate weights. Export the merged model."
+        )
+    if not isinstance(module, _ConvNd):
+        return
+    if any(step != 1 for step in module.dilation) or module.padding_mode != "zeros":
+        raise CheckpointError(
+            f"PEFT leaves dilation and padding_mode out of the factors of a convolution, and "
+            f"{target.name!r} has dilation={module.dilation} and "
+            f"padding_mode={module.padding_mode!r}: it would compute something else. Export the "
+            "merged model."
+        )
+
+
+def peft_parameters(module: nn.Module, target: Target) -> tuple[str, ...]:
+    """The 3-D parameters of experts, which PEFT wraps one by one; of another layer none."""
+    adapted = adapted_class(type(module)) or type(module)
+    return target.weights if issubclass(adapted, LoRAExperts) else ()
+
+
+def peft_factors(
+    module: nn.Module, target: Target, leaf: str, value: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """PEFT's name (behind the layer's) and value of a factor; one for each weight of experts.
+
+    Args:
+        module: The adapted layer, or what it is without LoRA.
+        target: Its target.
+        leaf: ``"A"`` or ``"B"``.
+        value: The factor, whole.
+    """
+    slices = target.slices
+    if slices is not None and peft_parameters(module, target):
+        sizes = slices.adapted_widths() if leaf == "A" else [rows for _, rows in slices.parts]
+        assert sizes is not None
+        first, second = value.split(sizes, dim=1 if leaf == "A" else 0)
+        # PEFT wraps what it has wrapped already.
+        yield f"base_layer.lora_{leaf}.weight", first
+        yield f"lora_{leaf}.weight", second
+        return
+    if slices is not None and leaf == "B":
+        value = slices.spread(value)
+    if isinstance(module, _ConvNd) and leaf == "A":
+        value = _over_all_channels(value, module.groups)
+    embedding = isinstance(module, nn.Embedding)
+    yield f"lora_embedding_{leaf}" if embedding else f"lora_{leaf}.weight", value
+
+
+def joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter of PEFT with the factors of the two weights of experts in one, as it is here."""
+    result = dict(tensors)
+    for key in tensors:
+        for leaf, dim in (("A", 1), ("B", 0)):
+            inner, outer = f".base_layer.lora_{leaf}.weight", f".lora_{leaf}.weight"
+            other = key.removesuffix(inner) + outer
+            if key.endswith(inner) and other in result:
+                result[other] = torch.cat([result.pop(key), result[other]], dim=dim)
+    return result
+
+
+def attention_of(name: str, targets: Mapping[str, Target], modules: Mapping[str, nn.Module]) -> str:
+    """The adapted `torch.nn.MultiheadAttention` whose output projection a layer is, or ``""``.
+
+    To PEFT the two are one layer with one rank, and the projection has no settings of its own.
+
+    Args:
+        name: Name of an adapted layer.
+        targets: All targets by name.
+        modules: The model's modules by name.
+
+    Raises:
+        CheckpointError: The projection has another rank or alpha than PEFT would give it.
+    """
+    outer = name.rpartition(".")[0]
+    if outer not in targets or not isinstance(modules[outer], nn.MultiheadAttention):
+        return ""
+    inner, around = targets[name], targets[outer]
+    k = peft_multiple(modules[outer], around)
+    if (inner.r, inner.alpha) != (k * around.r, k * around.alpha):
+        raise CheckpointError(
+            f"PEFT has one rank and alpha for {outer!r} and its output projection. Give them the "
+            "same, and adapt the whole of it."
+        )
+    return outer
+
+
+def without_effect(module: nn.Module, target: Target) -> dict[str, Tensor]:
+    """Factors without effect for the output projection of an attention, which PEFT adapts whenever
+    it adapts the attention.
+    """
+    assert isinstance(module, nn.MultiheadAttention)
+    r = peft_multiple(module, target) * target.r
+    return {
+        "A": torch.zeros(r, module.embed_dim),
+        "B": torch.zeros(module.embed_dim, r),
+    }
+
+
+def _over_all_channels(A: Tensor, groups: int) -> Tensor:
+    """A grouped convolution, shape ``(g * r, in / g, ...)``, as one over all channels, shape
+    ``(g * r, in, ...)``: PEFT groups B alone.
+    """
+    channels = A.shape[1]
+    wide = A.new_zeros(A.shape[0], groups * channels, *A.shape[2:])
+    for number, (rows, block) in enumerate(zip(wide.chunk(groups), A.chunk(groups), strict=True)):
+        rows[:, number * channels : (number + 1) * channels] = block
+    return wide

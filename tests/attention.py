@@ -1,0 +1,90 @@
+"""Which rows of a projection are queries, keys or values, found out from what attention is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.plan import Target
+
+
+def distinct(model: nn.Module) -> Any:
+    """The model with weights so large, and numbers so precise, that influences stand out."""
+    model = model.double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                torch.nn.init.normal_(parameter, std=0.2)
+    # The faster kernels for experts know no double precision.
+    model.config._experts_implementation = "eager"  # type: ignore[union-attr]
+    return model
+
+
+def influence(model: nn.Module, layer: str, tokens: Tensor) -> Tensor:
+    """Which elements of a projection's output what the attention says of the last token depends on;
+    bool, shape (tokens, rows).
+    """
+    seen: dict[str, Tensor] = {}
+
+    def projected(module: nn.Module, args: Any, out: Tensor) -> Tensor | None:
+        # DeBERTa projects its relative positions by a second call.
+        if "in" in seen:
+            return None
+        seen["in"] = out.detach().requires_grad_()
+        return seen["in"]
+
+    def attended(module: nn.Module, args: Any, out: Any) -> None:
+        seen.setdefault("out", out[0] if isinstance(out, tuple) else out)
+
+    modules = model.get_submodule(layer), model.get_submodule(layer.rpartition(".")[0])
+    hooks = [
+        module.register_forward_hook(hook)
+        for module, hook in zip(modules, (projected, attended), strict=True)
+    ]
+    inputs = {"input_ids": tokens}
+    if getattr(model.config, "is_encoder_decoder", False):  # type: ignore[union-attr]
+        inputs["decoder_input_ids"] = tokens
+    model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    last = seen["out"].reshape(-1, seen["out"].shape[-1])[-1]
+    weights = torch.randn(last.shape, generator=torch.Generator().manual_seed(0))
+    (grad,) = torch.autograd.grad((last * weights).sum(), seen["in"], allow_unused=True)
+    if grad is None:
+        return torch.zeros(seen["in"].shape, dtype=torch.bool)[0]
+    # Where a gradient is zero, rounding may leave 1e-8 of the others.
+    return grad[0].abs() > (1e-6 * grad.abs().max()).clamp(min=1e-7)
+
+
+def rows_by_role(model: nn.Module, layer: str, tokens: Tensor) -> dict[str, list[int]]:
+    """Which rows of a projection are queries, keys and values.
+
+    Over a single token attention is constant, so only values count; and what is said of one token
+    does not depend on the queries of the others.
+
+    Args:
+        model: A model without LoRA, made `distinct`.
+        layer: Name of the projection.
+        tokens: Shape (1, tokens).
+    """
+    alone = influence(model, layer, tokens[:, :1])[0]
+    of_others = influence(model, layer, tokens)[0]
+    assert bool((alone <= of_others).all())
+    return {
+        "q": (~of_others).nonzero().flatten().tolist(),
+        "k": (of_others & ~alone).nonzero().flatten().tolist(),
+        "v": alone.nonzero().flatten().tolist(),
+    }
+
+
+def adapted_rows(target: Target) -> dict[str, list[int]]:
+    """Which rows of a fused projection the factors of each part feed."""
+    assert target.slices is not None
+    marks = target.slices.spread(torch.ones(target.B_shape))
+    blocks = marks.split(target.r, dim=1)
+    return {
+        part: block.any(1).nonzero().flatten().tolist()
+        for part, block in zip(target.slices.adapted, blocks, strict=True)
+    }

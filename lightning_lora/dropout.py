@@ -41,12 +41,17 @@ def dropped_positions(numel: int, p: float) -> Tensor:
     Returns:
         Sorted int64 positions, shape ``(number of successes,)``.
     """
-    expected = numel * p
-    draws = int(expected + 6 * math.sqrt(expected) + 8)
+    draws = draws_of(numel, p)
     positions = _successes(draws, p)
     while int(positions[-1]) < numel:
         positions = torch.cat([positions, _successes(draws, p) + (positions[-1] + 1)])
     return positions[: int(torch.searchsorted(positions, numel))]
+
+
+def draws_of(numel: int, p: float) -> int:
+    """How many successes are drawn at a time, nearly always enough for so many trials."""
+    expected = numel * p
+    return int(expected + 6 * math.sqrt(expected) + 8)
 
 
 def _successes(draws: int, p: float) -> Tensor:

@@ -66,7 +66,8 @@ def kernels_of(device: str) -> Iterator[None]:
 
 def _dropped(device: str, x: Tensor, p: float) -> Tensor:
     if device == "cpu" and p <= dropout.SPARSE_LIMIT:
-        return x.new_zeros(round(p * x.numel()), dtype=torch.int64)
+        drawn = x.new_zeros(dropout.draws_of(x.numel(), p), dtype=torch.int64)
+        return drawn[: round(p * x.numel())]
     return x.new_zeros(x.shape, dtype=torch.bool)
 
 

@@ -1,4 +1,4 @@
-"""The arithmetic of a rank's memory, against cases worked by hand and the figures of its sources."""
+"""The arithmetic of a rank's memory, against cases worked by hand and figures of its sources."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ Each setting trains a real model for a few steps in a process of its own, on a C
 order (forward, clear, backward, update). Two peaks are taken: of the storages of all tensors, by
 PyTorch's own `MemTracker`, and of the process (VmHWM less what it had before the model was loaded).
 The second has in it what is in no tensor: the workspaces of kernels, and what the allocator keeps.
+Under a strategy two processes train, and one of them is measured.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -26,6 +28,7 @@ import torch
 from benchmarks.weights import minilm, smollm2
 
 MIB = 2**20
+RANKS = 2
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,14 @@ class Case:
     rows: int
     tokens: int
     dropout: float = 0.0
+    strategy: str = ""
 
     def __str__(self) -> str:
         checkpointing = ", checkpointing" if self.checkpointing else ""
         dropout = f", dropout {self.dropout:g}" if self.dropout else ""
+        strategy = f", {self.strategy.upper()} on {RANKS} ranks" if self.strategy else ""
         return (
-            f"{self.model}, {self.method}{dropout}, {self.precision}{checkpointing}, "
+            f"{self.model}, {self.method}{dropout}{strategy}, {self.precision}{checkpointing}, "
             f"{self.rows} x {self.tokens}"
         )
 
@@ -54,16 +59,21 @@ BATCHES = {"MiniLM": ((32, 128), (8, 384)), "SmolLM2": ((8, 128), (2, 384))}
 
 
 def cases(models: list[str]) -> list[Case]:
-    """Every precision, checkpointing in two of them, another batch, and dropout of the adapter."""
+    """Precisions, checkpointing, another batch, dropout of the adapter, and strategies."""
     found = []
     for model, method in itertools.product(models, ("full", "lora")):
         first, second = BATCHES[model]
         found += [Case(model, method, precision, False, *first) for precision in PRECISIONS]
         found += [Case(model, method, precision, True, *first) for precision in PRECISIONS[:2]]
         found.append(Case(model, method, "32-true", False, *second))
-    return found + [
-        Case(model, "lora", "32-true", False, *BATCHES[model][0], 0.1) for model in models
-    ]
+    for model in models:
+        size = BATCHES[model][0]
+        found.append(Case(model, "lora", "32-true", False, *size, dropout=0.1))
+        found += [
+            Case(model, method, "32-true", False, *size, strategy=strategy)
+            for strategy, method in itertools.product(("ddp", "fsdp"), ("full", "lora"))
+        ]
+    return found
 
 
 def recipe(case: Case) -> tuple[Any, Any]:
@@ -91,8 +101,11 @@ def predict(case: Case) -> dict[str, float]:
     precision = Precision.of(case.precision)
     lora = LoRAConfig(r=8, alpha=16, dropout=case.dropout)
     module, data = recipe(case)
-    forecast = make_forecast(module, data, lora, None, precision, False, "cpu", [1])
-    memory = next(row.memory for row in forecast.rows if row.method == case.method)
+    forecast = make_forecast(module, data, lora, None, precision, False, "cpu", [1, RANKS])
+    wanted = (case.method, case.strategy or "ddp", RANKS if case.strategy else 1)
+    memory = next(
+        row.memory for row in forecast.rows if (row.method, row.strategy, row.ranks) == wanted
+    )
     return {**asdict(memory), "total": memory.total}
 
 
@@ -117,21 +130,31 @@ def measure(case: Case) -> dict[str, float]:
     module.log_training = lambda loss, count: None
     module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     module.train()
+    run: Any = _Step(module)
+    if case.strategy:
+        run = _distributed(run, case.strategy)
     optimizer = build_optimizer(module, None, 1e-4, 0.01)
     batch = _batch(case)
 
     def step() -> None:
         mixed = precision.mixed
         with torch.autocast("cpu", dtype=mixed, enabled=mixed is not None):
-            loss = module.training_step(batch, 0)
+            loss = run(batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
     step()
+    if case.strategy:
+        # DDP makes its buckets anew after the first step, and their pages count once written.
+        step()
     Path("/proc/self/clear_refs").write_text("5")
     step()
     process = _status("VmHWM") - before
+    if case.strategy:
+        torch.distributed.destroy_process_group()
+        # DDP's buckets and what FSDP gathers are in storages that the tracker does not see made.
+        return {"process": process}
     tracker = _tracker()
     tracker.track_external(module, optimizer)
     with tracker:
@@ -139,6 +162,34 @@ def measure(case: Case) -> dict[str, float]:
     peaks = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
     found = {str(kind): float(size) for kind, size in peaks.items()}
     return {"tensors": found.pop("Total"), "process": process, **found}
+
+
+class _Step(torch.nn.Module):
+    """A training step as a forward, as strategies take it."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        loss: torch.Tensor = self.module.training_step(batch, 0)
+        return loss
+
+
+def _distributed(step: _Step, strategy: str) -> torch.nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    from lightning_lora.inventory import sharded_units
+
+    mesh = init_device_mesh("cpu", (RANKS,))
+    if strategy == "ddp":
+        return DistributedDataParallel(step)
+    for unit in sharded_units(step):
+        fully_shard(unit, mesh=mesh)
+    fully_shard(step, mesh=mesh, reshard_after_forward=False)
+    return step
 
 
 def _tracker() -> Any:
@@ -184,15 +235,35 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
-def _in_a_process(case: Case) -> dict[str, float]:
+def _in_processes(case: Case) -> dict[str, float]:
     # Freed blocks go back to the system at once, so that the process's peak is that of its use.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    environment["WORLD_SIZE"] = str(RANKS if case.strategy else 1)
     command = [sys.executable, "-m", "benchmarks.memory", "--case", json.dumps(asdict(case))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    processes = [
+        subprocess.Popen(
+            command,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(int(environment["WORLD_SIZE"]))
+    ]
+    printed = [process.communicate() for process in processes]
+    for process, (_, errors) in zip(processes, printed, strict=True):
+        if process.returncode:
+            raise SystemExit(errors)
+    found: dict[str, float] = json.loads(printed[0][0].splitlines()[-1])
     return found
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
 
 
 def main() -> None:
@@ -212,13 +283,12 @@ def main() -> None:
     for case in cases(arguments.models):
         if arguments.only not in str(case):
             continue
-        predicted, measured = predict(case), _in_a_process(case)
-        total, tensors, process = predicted["total"], measured["tensors"], measured["process"]
-        print(
-            f"| {case} | {total / MIB:.0f} | {tensors / MIB:.0f} | {total / tensors:.2f} | "
-            f"{process / MIB:.0f} | {total / process:.2f} |",
-            flush=True,
-        )
+        predicted, measured = predict(case), _in_processes(case)
+        cells = [f"{predicted['total'] / MIB:.0f}"]
+        for name in ("tensors", "process"):
+            size = measured.get(name)
+            cells += [f"{size / MIB:.0f}", f"{predicted['total'] / size:.2f}"] if size else ["", ""]
+        print(f"| {case} | {' | '.join(cells)} |", flush=True)
         if arguments.details:
             for parts in (predicted, measured):
                 print({name: round(size / MIB, 1) for name, size in parts.items()})

@@ -126,6 +126,7 @@ def states_of(
         )
 
     units = [list(unit.parameters()) for unit in sharded_units(model)]
+    late = units[len(units) // 2 :]
     in_units = {id(parameter) for unit in units for parameter in unit}
     root = [p for p in model.parameters() if id(p) not in in_units]
     gradients = float(sum(map(_bytes, trained)))
@@ -137,8 +138,10 @@ def states_of(
         gradients=gradients,
         optimizer=sum(p.numel() * optimizer.state[p.dtype] for p in trained),
         update=gradients if optimizer.copies else largest,
-        unit=max(map(gathered, units), default=0.0),
-        unit_gradients=max((gathered(_trained(unit)) for unit in units), default=0.0),
+        unit=max(map(gathered, late), default=0.0),
+        unit_gradients=max((gathered(_trained(unit)) for unit in late), default=0.0),
+        largest_unit=max(map(gathered, units), default=0.0),
+        largest_unit_gradients=max((gathered(_trained(unit)) for unit in units), default=0.0),
         root=gathered(root),
         root_gradients=gathered(_trained(root)),
         dequantized=float(

@@ -24,7 +24,9 @@ All sizes are bytes. With P parameters of which T train, b bytes a stored parame
 - *Communication*: DDP reduces gradients from buckets of their whole size. FSDP gathers a unit
   while the one before computes, ``2 U`` for the largest unit U in the dtype of the computation, and
   what is in no unit (embeddings, head) for the whole step (PyTorch FSDP, arXiv:2304.11277, section
-  3.3); trained units also have their gradients whole and once more for the reduction.
+  3.3); in the backward pass trained units also have their gradients whole, and once more for the
+  reduction. Most activations are there when the forward pass ends, so the units of the second half
+  count; a larger one at the beginning (embeddings) meets few activations.
 - *Working memory*: what lives for a moment beyond these when most memory is in use: temporaries and
   gradients of activations (the logits' are as large as the logits), the largest weight while QLoRA
   has it dequantized, and the optimizer's update, for which PyTorch's `foreach` implementation (the
@@ -56,8 +58,11 @@ class States:
         gradients: Gradients of the trained parameters.
         optimizer: Optimizer state.
         update: Temporaries of the optimizer's update.
-        unit: Parameters of the largest sharded unit, in the dtype of the computation.
-        unit_gradients: Gradients of the trained parameters in the unit that has most of them.
+        unit: Parameters of the largest sharded unit in the model's second half, in the dtype of the
+            computation.
+        unit_gradients: Gradients of the trained parameters in the unit there that has most of them.
+        largest_unit: As `unit`, in the whole model.
+        largest_unit_gradients: As `unit_gradients`, in the whole model.
         root: Parameters in no unit, in the dtype of the computation.
         root_gradients: Gradients of the trained ones of these.
         dequantized: The largest weight that is dequantized to be used.
@@ -72,6 +77,8 @@ class States:
     update: float = 0.0
     unit: float = 0.0
     unit_gradients: float = 0.0
+    largest_unit: float = 0.0
+    largest_unit_gradients: float = 0.0
     root: float = 0.0
     root_gradients: float = 0.0
     dequantized: float = 0.0
@@ -210,10 +217,12 @@ def rank_memory(
     share = 1 / ranks if sharded else 1
     weights = (states.weights - states.constants) * share + states.constants + states.buffers
     gradients, optimizer = states.gradients * share, states.optimizer * share
-    gathered = reduced = 0.0
+    gathered = reduced = outer = 0.0
     if sharded:
         gathered = 2 * states.unit + states.root
         reduced = 2 * states.unit_gradients + states.root_gradients
+        outer = 2 * (states.largest_unit + states.largest_unit_gradients)
+        outer += states.root + states.root_gradients
     elif ranks > 1:
         # Buckets are there from the start, and gradients are copied into them.
         gathered = states.gradients
@@ -222,17 +231,19 @@ def rank_memory(
         backward += states.largest_gradient
     else:
         backward = min(backward, step.backward_with_gradients)
-    forward = gradients + step.forward
-    communication = gathered + reduced
-    computing = max(forward, backward) + states.dequantized + communication
-    updating = gradients + states.update * share + (0.0 if sharded else gathered)
-    kept = gradients + step.activations + communication
-    peak = max(computing, updating, kept)
+    peak = max(
+        gradients + step.forward + states.dequantized + gathered,
+        backward + states.dequantized + gathered + reduced,
+        gradients + outer,
+        gradients + states.update * share + (0.0 if sharded else gathered),
+    )
+    beyond = peak - gradients - step.activations
+    communication = min(gathered + reduced, beyond)
     return RankMemory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
         activations=step.activations,
         communication=communication,
-        working=peak - kept,
+        working=beyond - communication,
     )

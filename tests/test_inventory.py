@@ -128,6 +128,14 @@ def test_without_named_blocks_the_elements_of_lists_are_units() -> None:
     assert sharded_units(mlp()) == []
 
 
+def test_late_units_are_told_from_the_largest() -> None:
+    sizes = (40, 2, 3, 2)
+    model = nn.ModuleDict({"body": nn.ModuleList([nn.Linear(size, 1) for size in sizes])})
+    states = states_of(model, ADAM, torch.float32)
+    assert (states.unit, states.largest_unit) == (4 * 4, 4 * 41)
+    assert (states.unit_gradients, states.largest_unit_gradients) == (4 * 4, 4 * 41)
+
+
 def test_a_block_with_tied_parameters_is_no_unit() -> None:
     model = TiedHead()
     model._no_split_modules = ["Embedding", "Linear"]  # type: ignore[assignment]

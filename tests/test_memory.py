@@ -44,9 +44,26 @@ def test_fsdp_divides_states_and_gathers_units() -> None:
     memory = rank_memory(states, step, "fsdp", 4)
     assert memory.weights == (100 - 8) / 4 + 8
     assert (memory.gradients, memory.optimizer) == (5, 10)
+    # Two units, the root, and the gradients of a unit, twice; the backward pass is the peak.
     assert memory.communication == 2 * 10 + 7 + 2 * 3
-    assert memory.total == 31 + 5 + 10 + 52 + 33
+    assert memory.total == 31 + 10 + (5 + 51) + 33
     assert rank_memory(states, step, "fsdp", 1) == rank_memory(states, step, "ddp", 1)
+
+
+def test_gradients_of_units_are_whole_in_the_backward_pass_alone() -> None:
+    states = States(weights=100, unit=10, unit_gradients=3)
+    step = Step(activations=50, forward=80, backward=51, backward_with_gradients=66)
+    memory = rank_memory(states, step, "fsdp", 4)
+    assert memory.total == 25 + 80 + 20
+    assert memory.communication == 2 * 10 + 2 * 3
+    assert memory.working == 80 - 50 - 2 * 3
+
+
+def test_a_large_unit_at_the_beginning_meets_no_activations() -> None:
+    states = States(weights=100, unit=10, largest_unit=30, root=1)
+    few, many = (Step(size, size, size, size) for size in (20, 70))
+    assert rank_memory(states, few, "fsdp", 4).total == 25 + 2 * 30 + 1
+    assert rank_memory(states, many, "fsdp", 4).total == 25 + 70 + 2 * 10 + 1
 
 
 def test_gradients_grow_while_activations_shrink_unless_they_are_accumulated() -> None:

@@ -147,9 +147,9 @@ def print_forecast(forecast: Forecast, memory: float) -> None:
         table.add_row(_label(rows[0]), gpus, *cells, rows[0].memory.fits(memory * GIB))
     Console(width=100, color_system=None).print(table)
     print(
-        "activ: kept for backward; comm: gradient buckets (DDP) or gathered layers (FSDP); work: "
+        "activ: kept for backward. comm: gradient buckets (DDP), gathered layers (FSDP). work: "
         "temporaries.\nfits: yes leaves 10 % and 1 GiB for what is not counted (CUDA context, "
-        "fragmentation), tight leaves less.\nQLoRA is counted with NF4 and double quantization."
+        "fragmentation); tight\nleaves less. QLoRA is counted with NF4 and double quantization."
     )
     for note in forecast.notes:
         print(f"Note: {note}")

@@ -16,9 +16,11 @@ from lightning_lora.errors import LightningLoRAError
 TRACEBACK_VARIABLE = "LIGHTNING_LORA_TRACEBACK"
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 CONFIGS = "configs"
+PLAN = "plan"
 
 _HELP = """\
 usage: lightning-lora {{fit,validate,test,predict}} --config CONFIG [--KEY VALUE ...]
+       lightning-lora plan --config CONFIG [--gpus N,N] [--memory GiB] [--json] [--KEY VALUE ...]
        lightning-lora configs {{list,show,copy}} [NAME] [DEST]
 
 Fine-tune a model with LoRA, score it, and predict with it.
@@ -27,6 +29,7 @@ Fine-tune a model with LoRA, score it, and predict with it.
   validate  score a checkpoint on the validation data
   test      score a checkpoint on the test data
   predict   write the predictions for data without labels to a file
+  plan      say what would be adapted and the memory that it needs; nothing is loaded
   configs   list the configs in the package, print one, or copy one to a file of your own
 
   --config CONFIG     a YAML file, or the name of a config in the package
@@ -54,6 +57,7 @@ def main(args: Sequence[str] | None = None) -> None:
     Example:
         >>> main(["--help"])  # doctest: +ELLIPSIS
         usage: lightning-lora {fit,validate,test,predict} --config CONFIG [--KEY VALUE ...]
+               lightning-lora plan --config CONFIG [--gpus N,N] ...
                lightning-lora configs {list,show,copy} [NAME] [DEST]
         ...
     """
@@ -72,9 +76,14 @@ def main(args: Sequence[str] | None = None) -> None:
 
             run_configs(arguments[1:])
             return
-        arguments = complete_arguments(arguments, (*SUBCOMMANDS, CONFIGS))
         # Classes of the user's own are named by class_path and lie in the working directory.
         sys.path.insert(0, str(Path.cwd()))
+        if arguments[0] == PLAN:
+            from lightning_lora.cli_plan import run_plan
+
+            run_plan(arguments[1:])
+            return
+        arguments = complete_arguments(arguments, (*SUBCOMMANDS, PLAN, CONFIGS))
         from lightning_lora.cli_run import LoRACLI
 
         LoRACLI(arguments)

@@ -120,15 +120,16 @@ def _bundled(name: str) -> Path:
     return found
 
 
-class _Parser(argparse.ArgumentParser):
+class PlainParser(argparse.ArgumentParser):
     """Raises what it has to complain about, so that it is said like every other mistake."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise the message as a `ConfigError`."""
         raise ConfigError(f"{self.prog}: {message}. See {self.prog} --help.")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="lightning-lora configs", description="The configs in the package.")
+    parser = PlainParser(prog="lightning-lora configs", description="The configs in the package.")
     actions = parser.add_subparsers(dest="action", metavar="{list,show,copy}", required=True)
     actions.add_parser("list", help="name each config, say what it is and what it needs")
     show = actions.add_parser("show", help="print a config")

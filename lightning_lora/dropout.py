@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # Above this share of dropped elements, or off the CPU, drawing every element is the cheaper way.
-_SPARSE_LIMIT = 0.25
+SPARSE_LIMIT = 0.25
 
 
 def draw_dropped(x: Tensor, p: float) -> Tensor:
@@ -19,7 +19,7 @@ def draw_dropped(x: Tensor, p: float) -> Tensor:
         draw is cheaper or the shapes must be static, a bool mask of the shape of ``x`` that is true
         where the element is dropped. `zero_dropped` takes both.
     """
-    dense = p > _SPARSE_LIMIT or x.device.type != "cpu" or torch.compiler.is_compiling()
+    dense = p > SPARSE_LIMIT or x.device.type != "cpu" or torch.compiler.is_compiling()
     if dense or x.numel() == 0:
         # Not in the default dtype: "bf16-true" training sets that to one with coarse steps.
         return torch.rand(x.shape, device=x.device, dtype=torch.float32) < p
@@ -41,12 +41,17 @@ def dropped_positions(numel: int, p: float) -> Tensor:
     Returns:
         Sorted int64 positions, shape ``(number of successes,)``.
     """
-    expected = numel * p
-    draws = int(expected + 6 * math.sqrt(expected) + 8)
+    draws = draws_of(numel, p)
     positions = _successes(draws, p)
     while int(positions[-1]) < numel:
         positions = torch.cat([positions, _successes(draws, p) + (positions[-1] + 1)])
     return positions[: int(torch.searchsorted(positions, numel))]
+
+
+def draws_of(numel: int, p: float) -> int:
+    """How many successes are drawn at a time, nearly always enough for so many trials."""
+    expected = numel * p
+    return int(expected + 6 * math.sqrt(expected) + 8)
 
 
 def _successes(draws: int, p: float) -> Tensor:

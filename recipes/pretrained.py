@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lightning_lora.recipes.files import BUNDLED, nearest, resolve_path
 # RoBERTa's relatives number positions from the padding index on and so take fewer tokens than
 # their table of positions has rows.
 _OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "xmod", "mpnet"}
+_WITHOUT_WEIGHTS = ContextVar("without_weights", default=False)
 
 
 def resolve_model(name_or_path: str) -> str:
@@ -74,6 +76,8 @@ def load_model(auto_class: str, name_or_path: str, later: bool = False, **option
             source, trust_remote_code=options.get("trust_remote_code", False)
         )
         _require_one_stack(config, name_or_path)
+        if _WITHOUT_WEIGHTS.get():
+            return _empty_model(getattr(transformers, auto_class), source, options).train()
         if later:
             try:
                 model = pretrained_on_meta(getattr(transformers, auto_class), source, **options)
@@ -104,6 +108,16 @@ def _say_fresh(name_or_path: str, names: list[str]) -> None:
         )
 
 
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Let `load_model` build models on the meta device from their configs alone, for a while."""
+    token = _WITHOUT_WEIGHTS.set(True)
+    try:
+        yield
+    finally:
+        _WITHOUT_WEIGHTS.reset(token)
+
+
 def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> Any:
     """Load a tokenizer that can pad and that knows how many tokens its model takes.
 
@@ -128,7 +142,7 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> Any:
         if tokenizer.eos_token is None:
             raise ConfigError(f"The tokenizer of {name_or_path} has no token to pad with.")
         tokenizer.pad_token = tokenizer.eos_token
-    limit = _position_limit(config)
+    limit = position_limit(config)
     if limit is not None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
     return tokenizer
@@ -160,6 +174,18 @@ def _checked_folder(folder: Path, name: str) -> str:
     return str(folder)
 
 
+def _empty_model(auto_class: Any, source: str, options: dict[str, Any]) -> Any:
+    import transformers
+
+    config, rest = transformers.AutoConfig.from_pretrained(
+        source, return_unused_kwargs=True, **options
+    )
+    if rest.get("dtype") == "auto":
+        rest["dtype"] = getattr(config, "dtype", None) or torch.float32
+    with torch.device("meta"):
+        return auto_class.from_config(config, **rest)
+
+
 def _require_one_stack(config: Any, name: str) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(
@@ -169,12 +195,17 @@ def _require_one_stack(config: Any, name: str) -> None:
         )
 
 
-def _position_limit(config: Any) -> int | None:
-    limit = getattr(config, "max_position_embeddings", None)
+def position_limit(model_config: Any) -> int | None:
+    """Return how many tokens a model takes, by its config; None where it says nothing.
+
+    Args:
+        model_config: A config of `transformers`.
+    """
+    limit = getattr(model_config, "max_position_embeddings", None)
     if limit is None or limit < 1:  # XLNet says -1: it has no limit
         return None
-    if config.model_type in _OFFSET_POSITIONS:
-        limit -= (config.pad_token_id or 0) + 1
+    if model_config.model_type in _OFFSET_POSITIONS:
+        limit -= (model_config.pad_token_id or 0) + 1
     return limit
 
 

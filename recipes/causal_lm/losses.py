@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 IGNORED = -100
 # Logits that are computed with at a time: 16 MiB in float32.
-_CHUNK = 2**22
+CHUNK = 2**22
 
 
 def token_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -72,4 +72,4 @@ class _TokenCrossEntropy(torch.autograd.Function):
 def _chunks(targets: Tensor, vocabulary: int) -> Iterator[Tensor]:
     """Yield the places of the tokens that are predicted, some at a time."""
     places = (targets != IGNORED).nonzero().squeeze(1)
-    return iter(places.split(max(1, _CHUNK // vocabulary)))
+    return iter(places.split(max(1, CHUNK // vocabulary)))

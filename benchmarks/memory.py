@@ -181,12 +181,12 @@ def _distributed(step: _Step, strategy: str) -> torch.nn.Module:
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
-    from lightning_lora.inventory import sharded_units
+    from lightning_lora.strategies.wrapping import find_units
 
     mesh = init_device_mesh("cpu", (RANKS,))
     if strategy == "ddp":
         return DistributedDataParallel(step)
-    for unit in sharded_units(step):
+    for unit in find_units(step, "auto").values():
         fully_shard(unit, mesh=mesh)
     fully_shard(step, mesh=mesh, reshard_after_forward=False)
     return step

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,10 @@ import torch
 from torch import nn
 
 from lightning_lora.heads import output_heads
-from lightning_lora.layers import adapted_class
-from lightning_lora.layers.base import LoRALayer
 from lightning_lora.matching import inside
 from lightning_lora.memory import States, nf4_bytes
 from lightning_lora.names import modules_by_name
+from lightning_lora.strategies.wrapping import find_units
 
 _PROBE = (256, 256)
 _EIGHT_BIT = 2.0
@@ -125,7 +124,7 @@ def states_of(
             for p in parameters
         )
 
-    units = [list(unit.parameters()) for unit in sharded_units(model)]
+    units = _units(model)
     late = units[len(units) // 2 :]
     in_units = {id(parameter) for unit in units for parameter in unit}
     root = [p for p in model.parameters() if id(p) not in in_units]
@@ -152,45 +151,14 @@ def states_of(
     )
 
 
-def sharded_units(model: nn.Module) -> list[nn.Module]:
-    """Return the modules that FSDP gathers one after the other: a Hugging Face model's blocks.
-
-    Blocks are those that the model names (`_no_split_modules`) or, where it names none, the
-    elements of its outermost `torch.nn.ModuleList`. One that shares parameters with the rest of the
-    model is none.
-    """
-    named = {
-        name
-        for module in model.modules()
-        for name in getattr(module, "_no_split_modules", None) or ()
-    }
-    blocks = [module for module in model.modules() if type(module).__name__ in named]
-    blocks = _outermost(blocks) or list(_list_elements(model))
-    return [block for block in blocks if not _shares(model, block)]
-
-
-def _outermost(blocks: list[nn.Module]) -> list[nn.Module]:
-    inner = {id(child) for block in blocks for child in block.modules() if child is not block}
-    return [block for block in blocks if id(block) not in inner]
-
-
-def _list_elements(module: nn.Module) -> Iterator[nn.Module]:
-    for child in module.children():
-        if isinstance(child, nn.ModuleList):
-            yield from child
-        else:
-            yield from _list_elements(child)
-
-
-def _shares(model: nn.Module, block: nn.Module) -> bool:
-    own = {id(parameter) for parameter in block.parameters()}
-    inner = set(block.modules())
-    return any(
-        id(parameter) in own
-        for module in model.modules()
-        if module not in inner
-        for parameter in module.parameters(recurse=False)
-    )
+def _units(model: nn.Module) -> list[list[nn.Parameter]]:
+    """The parameters of each module that FSDP gathers at a time, in the order of the model."""
+    taken: set[int] = set()
+    units = []
+    for unit in find_units(model, "auto").values():
+        units.append([p for p in unit.parameters() if id(p) not in taken])
+        taken.update(map(id, units[-1]))
+    return units[::-1]
 
 
 def _quantizable(model: nn.Module) -> set[int]:
@@ -198,7 +166,8 @@ def _quantizable(model: nn.Module) -> set[int]:
     heads = output_heads(modules)
     found = set()
     for name, module in modules.items():
-        linear = isinstance(module, (nn.Linear, LoRALayer)) or adapted_class(type(module))
+        # The two kinds that bitsandbytes takes: torch's layer and GPT-2's.
+        linear = any(kind.__name__ in ("Linear", "Conv1D") for kind in type(module).__mro__)
         weight: Any = getattr(module, "weight", None)
         if linear and not inside(name, heads) and weight is not None and not weight.requires_grad:
             found.add(id(weight))

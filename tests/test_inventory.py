@@ -13,10 +13,9 @@ from lightning_lora import inject_lora
 from lightning_lora.inventory import (
     OptimizerMemory,
     optimizer_memory,
-    sharded_units,
     states_of,
 )
-from tests.models import TiedHead, hugging_face, mlp
+from tests.models import hugging_face, mlp
 
 ADAM = OptimizerMemory("AdamW", {torch.float32: 8.0}, copies=False)
 
@@ -114,7 +113,6 @@ def test_qlora_quantizes_frozen_linear_layers_but_the_head(name: str) -> None:
 def test_layers_of_a_transformer_are_units_and_the_rest_is_root() -> None:
     model = hugging_face("llama")
     layers: Any = model.get_submodule("model.layers")
-    assert sharded_units(model) == list(layers)
     states = states_of(model, ADAM, torch.bfloat16)
     count = sum(p.numel() for p in model.parameters())
     layer = sum(p.numel() for p in layers[0].parameters())
@@ -122,21 +120,11 @@ def test_layers_of_a_transformer_are_units_and_the_rest_is_root() -> None:
     assert states.root == states.root_gradients == 2 * (count - 2 * layer)
 
 
-def test_without_named_blocks_the_elements_of_lists_are_units() -> None:
-    model = nn.ModuleDict({"body": nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])})
-    assert sharded_units(model) == list(model["body"])  # type: ignore[arg-type]
-    assert sharded_units(mlp()) == []
-
-
 def test_late_units_are_told_from_the_largest() -> None:
     sizes = (40, 2, 3, 2)
-    model = nn.ModuleDict({"body": nn.ModuleList([nn.Linear(size, 1) for size in sizes])})
+    model = nn.ModuleDict(
+        {"body": nn.ModuleList([nn.Sequential(nn.Linear(size, 1)) for size in sizes])}
+    )
     states = states_of(model, ADAM, torch.float32)
     assert (states.unit, states.largest_unit) == (4 * 4, 4 * 41)
     assert (states.unit_gradients, states.largest_unit_gradients) == (4 * 4, 4 * 41)
-
-
-def test_a_block_with_tied_parameters_is_no_unit() -> None:
-    model = TiedHead()
-    model._no_split_modules = ["Embedding", "Linear"]  # type: ignore[assignment]
-    assert sharded_units(model) == [model.body]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from lightning_lora.cli import main
@@ -28,14 +26,6 @@ SHORT = {
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for the tiny models, each of which is made once."""
     return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
-    """Leave no process group behind: configs that shard make one of a single process."""
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", bundled_configs())

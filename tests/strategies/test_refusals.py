@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,13 +17,6 @@ from lightning_lora.checks import check_strategy
 from lightning_lora.errors import ConfigError
 from tests.models import TiedHead
 from tests.modules import PlainClassifier, make_lora, make_trainer
-
-
-@pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 class Tied(PlainClassifier):

@@ -15,7 +15,7 @@ from lightning_lora.recipes.causal_lm.losses import IGNORED, token_cross_entropy
 def test_values_and_gradients_are_torchs(
     smoothing: float, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "_CHUNK", chunk)
+    monkeypatch.setattr(losses, "CHUNK", chunk)
     torch.manual_seed(0)
     logits = torch.randn(9, 5, dtype=torch.float64) * 3
     targets = torch.tensor([0, 4, IGNORED, 2, 2, IGNORED, 1, 3, 0])

@@ -25,7 +25,7 @@ from lightning_lora.errors import ConfigError
 from lightning_lora.injection import persistent_buffers
 from lightning_lora.layers import LoRAFactors
 from lightning_lora.names import clean_name, listed
-from lightning_lora.sharded import extent, is_sharded, local, write
+from lightning_lora.sharded import extent, is_sharded, local, shard_from, write
 
 _ATTRIBUTE = "_lightning_lora_stored"
 
@@ -156,18 +156,8 @@ def _materialised(parameter: nn.Parameter, device: torch.device) -> nn.Parameter
     if not is_sharded(parameter):
         empty = torch.empty_like(parameter, device=device)
         return nn.Parameter(empty, requires_grad=parameter.requires_grad)
-    from torch.distributed.tensor import DTensor
-
-    like: Any = parameter
-    part = torch.empty_like(local(like), device=device)
-    sharded = DTensor.from_local(
-        part,
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    )
+    part = torch.empty_like(local(parameter), device=device)
+    sharded = shard_from(part, parameter)
     return nn.Parameter(sharded, requires_grad=parameter.requires_grad)
 
 

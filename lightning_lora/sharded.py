@@ -36,16 +36,7 @@ def whole(tensor: Tensor) -> Tensor:
     part, mesh = sharded.to_local(), sharded.device_mesh
     if part.device.type != mesh.device_type:
         # Offloaded to the CPU: the collective runs where the mesh lives.
-        from torch.distributed.tensor import DTensor
-
-        sharded = DTensor.from_local(
-            part.to(mesh.device_type),
-            mesh,
-            sharded.placements,
-            run_check=False,
-            shape=sharded.shape,
-            stride=sharded.stride(),
-        )
+        sharded = shard_from(part.to(mesh.device_type), sharded)
     full: Tensor = sharded.full_tensor()
     return full
 
@@ -68,6 +59,21 @@ def part_of(value: Tensor, like: Tensor) -> Tensor:
     if not is_sharded(like):
         return value
     return value[tuple(slice(start, stop) for start, stop in extent(like))]
+
+
+def shard_from(part: Tensor, like: Tensor) -> Tensor:
+    """A sharded tensor in the layout of another, from this process's part."""
+    from torch.distributed.tensor import DTensor
+
+    sharded: Any = like
+    return DTensor.from_local(
+        part,
+        sharded.device_mesh,
+        sharded.placements,
+        run_check=False,
+        shape=sharded.shape,
+        stride=sharded.stride(),
+    )
 
 
 def extent(tensor: Tensor) -> list[tuple[int, int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import yaml
 
 from lightning_lora.cli import main
 from lightning_lora.history import metrics_files, read_history
+from tests.commands import run_command
 
 CONFIG = """\
 trainer:
@@ -34,20 +34,6 @@ data:
 lora:
   r: 4
 """
-COMMAND = [sys.executable, "-m", "lightning_lora.cli"]
-
-
-def _run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*COMMAND, *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +46,13 @@ def fitted(config: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     """A folder in which `fit --config tiny.yaml` has run, and what it printed."""
     folder = tmp_path_factory.mktemp("work")
     (folder / "tiny.yaml").write_text(config)
-    done = _run(folder, "fit", "--config", "tiny.yaml")
+    done = run_command(folder, "fit", "--config", "tiny.yaml")
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
 
 def test_help_names_subcommands_and_configs(tmp_path: Path) -> None:
-    done = _run(tmp_path, "--help")
+    done = run_command(tmp_path, "--help")
     assert done.returncode == 0
     for word in ("fit", "validate", "test", "predict", "configs", "quickstart", "--ckpt_path"):
         assert word in done.stdout
@@ -129,7 +115,7 @@ def test_a_fresh_process_predicts_from_the_checkpoint_alone_and_the_export_agree
     run = folder / "outputs" / "tiny" / "version_0"
     checkpoint = "outputs/tiny/version_0/checkpoints/best.ckpt"
     file = str(tiny_data / "predict.csv")
-    done = _run(folder, "predict", "--ckpt_path", checkpoint, "--data.predict_file", file)
+    done = run_command(folder, "predict", "--ckpt_path", checkpoint, "--data.predict_file", file)
     assert done.returncode == 0, done.stderr
     assert "outputs/tiny/version_0/predictions.csv" in done.stdout
     with (run / "predictions.csv").open() as stream:
@@ -357,7 +343,7 @@ def test_mistakes_are_explained_without_a_traceback(
 def test_unfinished_commands_say_what_is_missing(
     tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    done = _run(tmp_path, *arguments)
+    done = run_command(tmp_path, *arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr

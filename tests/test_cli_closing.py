@@ -19,7 +19,8 @@ from lightning_lora.cli_closing import KeepConfusion, confusion_of
 from lightning_lora.confusion import MOST_CLASSES
 from lightning_lora.errors import DataError
 from lightning_lora.history import Point, best_point, metrics_files, read_history
-from tests.test_cli import CONFIG, _run
+from tests.commands import run_command
+from tests.test_cli import CONFIG
 
 
 @pytest.fixture
@@ -153,7 +154,7 @@ def test_predictions_go_to_a_file_of_the_models_kind(
 @pytest.mark.slow
 def test_two_ranks_draw_and_close_once(here: Path) -> None:
     ranks = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_epochs", "1"]
-    done = _run(here, *FIT, *ranks)
+    done = run_command(here, *FIT, *ranks)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("fit ─") == 1
     assert done.stdout.count("confusion_matrix.png") == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +12,8 @@ import pytest
 
 from lightning_lora.cli import main
 from lightning_lora.memory import GIB
+from tests.commands import run_command
 
-COMMAND = [sys.executable, "-m", "lightning_lora.cli", "plan"]
 LLAMA_70B = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -29,19 +28,6 @@ LLAMA_70B = {
 }
 
 
-def _run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*COMMAND, *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 def _rows(found: dict[str, Any]) -> dict[tuple[str, str | None, int], dict[str, Any]]:
     return {(row["method"], row["strategy"], row["gpus"]): row for row in found["rows"]}
 
@@ -53,7 +39,9 @@ def _printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, A
 
 
 def test_a_bundled_config_is_planned_and_nothing_is_written(tmp_path: Path) -> None:
-    done = _run(tmp_path, "--config", "quickstart", "--gpus", "1,2", "--memory", "24")
+    done = run_command(
+        tmp_path, "plan", "--config", "quickstart", "--gpus", "1,2", "--memory", "24"
+    )
     assert done.returncode == 0, done.stderr
     assert "Linear, r=8, alpha=16" in done.stdout
     assert "batches of 32 x 96 tokens, 32-true, AdamW" in done.stdout
@@ -63,7 +51,9 @@ def test_a_bundled_config_is_planned_and_nothing_is_written(tmp_path: Path) -> N
 
 
 def test_json_is_all_that_is_printed_and_adds_up(tmp_path: Path) -> None:
-    done = _run(tmp_path, "--config", "quickstart", "--json", "--gpus", "2,1,2", "--lora.r", "4")
+    done = run_command(
+        tmp_path, "plan", "--config", "quickstart", "--json", "--gpus", "2,1,2", "--lora.r", "4"
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["memory_per_gpu"] == 80 * GIB
@@ -182,7 +172,9 @@ def test_mistakes_are_one_message(
 
 
 def test_a_mistake_ends_the_process_with_code_two(tmp_path: Path) -> None:
-    done = _run(tmp_path, "--config", "quickstart", "--model.model_name_or_path", "./nowhere")
+    done = run_command(
+        tmp_path, "plan", "--config", "quickstart", "--model.model_name_or_path", "./nowhere"
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("error: There is no model folder ./nowhere")
     assert "Traceback" not in done.stderr

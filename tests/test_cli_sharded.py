@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,21 +10,12 @@ import torch
 import yaml
 
 from lightning_lora.cli_paths import find_bundled
+from tests.commands import run_command
 from tests.layouts import tiny_data, tiny_model
-
-ROOT = Path(__file__).parents[1]
 
 
 def command(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "lightning_lora/cli.py"), *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = run_command(folder, *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -18,7 +18,15 @@ from lightning_lora.directories import is_directory, read_directory, save_direct
 from lightning_lora.merging import merge_lora, refuse_ties, unmerge_lora
 from lightning_lora.names import clean_name
 from lightning_lora.pretrained import fill_parameters
-from lightning_lora.sharded import all_wholes, is_sharded, local, part_of, reshard, whole
+from lightning_lora.sharded import (
+    all_wholes,
+    is_sharded,
+    local,
+    part_of,
+    reshard,
+    shard_from,
+    whole,
+)
 from lightning_lora.state import (
     adapter_state_dict,
     base_fingerprint,
@@ -201,18 +209,8 @@ def _shard(value: Tensor, parameter: Tensor) -> Tensor:
     """A state in the layout of its parameter; states of other shapes (step counts) as they are."""
     if not is_sharded(parameter) or value.shape != parameter.shape:
         return value
-    from torch.distributed.tensor import DTensor
-
-    like: Any = parameter
     part = part_of(value, parameter).to(device=local(parameter).device, copy=True)
-    return DTensor.from_local(
-        part,
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    )
+    return shard_from(part, parameter)
 
 
 def sharding_of(strategy: Strategy) -> Replicated:

@@ -102,8 +102,19 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @override
     def setup_environment(self) -> None:
+        environment = self.cluster_environment
+        assert environment is not None
+        planned = self.num_nodes * self.num_processes
+        if environment.creates_processes_externally and environment.world_size() != planned:
+            # Lightning compares them only for processes that it starts itself.
+            raise ConfigError(
+                f"{environment.world_size()} processes were started, and the Trainer has "
+                f"devices={self.num_processes} and num_nodes={self.num_nodes}, which makes "
+                f"{planned}. Let the launcher and the Trainer ask for the same (torchrun "
+                "--nproc_per_node and --nnodes; srun --ntasks-per-node and --nodes)."
+            )
         # One dimension of data parallelism over all processes, and none of tensor parallelism.
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        self._data_parallel_size = planned
         self._tensor_parallel_size = 1
         super().setup_environment()
         if self.replicas == 1:

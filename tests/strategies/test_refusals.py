@@ -37,6 +37,23 @@ def test_deepspeed_is_pointed_to_fsdp2() -> None:
         check_strategy(SimpleNamespace(strategy=strategy))  # type: ignore[arg-type]
 
 
+def test_another_number_of_processes_than_the_launcher_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "TORCHELASTIC_RUN_ID": "1",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "GROUP_RANK": "0",
+        "LOCAL_WORLD_SIZE": "2",
+        "WORLD_SIZE": "2",
+    }.items():
+        monkeypatch.setenv(name, value)
+    trainer = make_trainer(tmp_path, make_lora(), strategy="fsdp2", devices=1)
+    with pytest.raises(ConfigError, match=r"2 processes were started, and .* which makes 1"):
+        trainer.fit(PlainClassifier())
+
+
 def test_replicas_must_be_a_number_of_copies() -> None:
     with pytest.raises(ConfigError, match="replicas must be at least 1"):
         FSDP2Strategy(replicas=0)

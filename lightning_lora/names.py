@@ -65,6 +65,21 @@ def _splits(name: str) -> list[tuple[str, str]]:
     ]
 
 
+def shortened(layers: Sequence[str]) -> list[str]:
+    """Names without the components that all of them begin with, and those that only fill.
+
+    >>> shortened(["model.layer.0.self.query", "model.layer.1.self.value"])
+    ['0.query', '1.value']
+    """
+    split = [name.split(".") for name in layers]
+    columns = [set(parts) for parts in zip(*split, strict=False)]
+    if len({len(parts) for parts in split}) > 1:
+        common = next((d for d, parts in enumerate(columns) if len(parts) > 1), 0)
+        return [".".join(parts[common:]) for parts in split]
+    kept = [d for d, parts in enumerate(columns) if len(parts) > 1] or [len(columns) - 1]
+    return [".".join(parts[d] for d in kept) for parts in split]
+
+
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
     """Every module once, under its clean name; in the place of a wrapper stands what it wraps."""
     return {clean_name(name): module for name, module in model.named_modules()}

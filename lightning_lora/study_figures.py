@@ -116,10 +116,13 @@ def draw_amplification(study: Study, path: Path) -> None:
     for number, label in enumerate(study.labels):
         rows = [row for row in study.base if row.label == label]
         places = [layers.index(row.layer) for row in rows]
-        for what, line in (("on_weight", ":"), ("on_delta", "-"), ("on_random", "--")):
+        for what, name, line in (
+            ("on_weight", "W", ":"),
+            ("on_delta", "dW", "-"),
+            ("on_random", "random", "--"),
+        ):
             values = [getattr(row.numbers, what) for row in rows]
-            name = f"{label}: {what.removeprefix('on_').replace('delta', 'dW')}"
-            norms.plot(places, values, **{**_style(number, name), "linestyle": line})
+            norms.plot(places, values, **{**_style(number, f"{label}: {name}"), "linestyle": line})
         amplified = [_finite(row.numbers.amplification) for row in rows]
         factors.plot(places, amplified, **_style(number, label))
     _dress(norms, "W on the first directions of W, dW and random matrices", "||U^T W V||_F")

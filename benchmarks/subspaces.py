@@ -7,8 +7,8 @@ DIR holds the folder trec with train.tsv and test.tsv (columns coarse, fine, que
 adapted in W_q and W_v at r=8 and r=64 with two seeds each; adapters that OUT holds already are not
 trained again. Figures and tables of `lightning-lora analyze` are written to OUT/analysis.
 
-Adapters of two ranks that start from one seed share the first rows of A, so ranks are compared
-across seeds; the pair of one seed is shown beside them.
+Adapters of two ranks that start from one seed share the first rows of A and the order of the data,
+so ranks are compared across seeds; pairs that share one of the two, or both, are shown beside them.
 """
 
 from __future__ import annotations

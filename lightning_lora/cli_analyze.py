@@ -29,8 +29,8 @@ _EPILOG = """\
 Written to the output folder: layers.csv, singular_values.csv, similarity.csv, similarity_grid.csv,
 base.csv, base_grid.csv, analysis.json, and the figures as PNG files. Other files there stay.
 
-Adapters that started from the same seed share the first rows of A, and seem alike for that alone:
-compare two seeds.
+Adapters of one seed start with the same rows of A and see the data in the same order, and are more
+alike for that alone: compare adapters of different seeds.
 
 Try:  lightning-lora analyze r8.ckpt r64.ckpt --base FOLDER --output analysis
 """

@@ -81,7 +81,8 @@ class Adapter:
         state: All trained tensors by name.
         factors: The matrices that it updates, by the name of the layer, with the part of a fused
             projection in brackets.
-        left_out: The other adapted layers, and why their update is no product of two matrices.
+        left_out: The other adapted layers, and why: their update is no product of two matrices, or
+            is not finite.
     """
 
     path: Path
@@ -202,9 +203,11 @@ def _parts(slices: Slices, A: Tensor, B: Tensor) -> dict[str, tuple[Tensor, Tens
 
 
 def _obstacle(A: Tensor | None, B: Tensor | None, target: Mapping[str, Any]) -> str | None:
-    """Why the update of a layer is no product of two matrices, or ``None``."""
+    """Why the update of a layer cannot be taken for a product of two matrices, or ``None``."""
     if A is None or B is None:
         return "it shares the factors of another layer"
+    if not (A.isfinite().all() and B.isfinite().all()):
+        return "its factors hold values that are no finite numbers"
     if A.ndim != 2 or B.ndim != 2:
         return f"a convolution: A has {A.ndim} dimensions"
     if target.get("slices"):

@@ -104,7 +104,7 @@ def _print_inspection(found: Mapping[str, Any]) -> None:
         "Other trained tensors",
         ("name", "shape", "norm"),
         [
-            (row["name"], "x".join(map(str, row["shape"])), f"{row['norm']:.4g}")
+            (row["name"], "x".join(map(str, row["shape"])), _number(row["norm"]))
             for row in found["other_tensors"]
         ],
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -161,8 +162,10 @@ def _is_factor(name: str) -> bool:
     return name.endswith((".lora.A", ".lora.B"))
 
 
-def _norm(tensor: Tensor) -> float:
-    return float(tensor.double().norm())
+def _norm(tensor: Tensor) -> float | None:
+    """The Frobenius norm; ``None`` if it is no finite number, for which JSON has no word."""
+    norm = float(tensor.double().norm())
+    return norm if math.isfinite(norm) else None
 
 
 def _size_of(path: Path) -> int:

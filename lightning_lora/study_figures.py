@@ -201,8 +201,16 @@ def _dress(axis: Any, title: str, unit: str) -> None:
     axis.grid(True, color="0.9")
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
+    handles, labels = axis.get_legend_handles_labels()
+    # Given its handles, a legend of nothing (all updates are zero) is no reason for a warning.
     legend = axis.legend(
-        loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, frameon=False, fontsize=9
+        handles,
+        labels,
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1.0),
+        borderaxespad=0.0,
+        frameon=False,
+        fontsize=9,
     )
     for text in legend.get_texts():
         text.set_parse_math(False)

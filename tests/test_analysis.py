@@ -286,6 +286,32 @@ def test_the_two_formats_of_one_adapter_are_the_same(tmp_path: Path) -> None:
     assert len({factors.scaling for factors in ours.factors.values()}) == 3
 
 
+def test_a_sharded_folder_is_the_checkpoint_that_one_process_writes(tmp_path: Path) -> None:
+    model = adapted(target_modules=["fc1", "fc2"])
+    whole = read_adapter(checkpoint(model, tmp_path / "whole.ckpt"))
+    folder = tmp_path / "parts.ckpt"
+    folder.mkdir()
+    state = {f"state_dict/{name}": tensor for name, tensor in whole.state.items()}
+    frame = {
+        "state_dict": {name: {"\0tensor": f"state_dict/{name}"} for name in whole.state},
+        "lightning_lora": checkpoint_metadata(model),
+    }
+    torch.save({"frame": frame, "parts": 2}, folder / "meta.pt")
+    for rank in range(2):
+        half = {key: tensor.chunk(2)[rank].clone() for key, tensor in state.items()}
+        places = {
+            key: [list(tensor.shape), [rank * len(tensor.chunk(2)[0]), 0]]
+            for key, tensor in state.items()
+        }
+        save_file(half, folder / f"part-{rank:05d}.safetensors", {"places": json.dumps(places)})
+    found = read_adapter(folder)
+    assert found.form == "sharded Lightning checkpoint"
+    assert list(found.factors) == list(whole.factors)
+    for name, factors in whole.factors.items():
+        assert torch.equal(found.factors[name].A, factors.A)
+        assert torch.equal(found.factors[name].B, factors.B)
+
+
 def study_of(tmp_path: Path, base: bool = True, **options: Any) -> Any:
     """Adapters of ranks 2 and 4, of which the first direction is the same."""
     made, paths = {}, {}

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
-from lightning_lora import save_adapter
+from lightning_lora import cli_analyze, inject_lora, save_adapter
 from lightning_lora.cli import main
+from lightning_lora.study import SIDES
 from tests.models import mlp
 from tests.test_analysis import adapted, checkpoint
 
@@ -103,6 +104,24 @@ def test_json_is_all_that_is_printed(
     assert found("small.ckpt", "--base", "base") == found("small.ckpt", "--base", "base")
     seeded = found("small.ckpt", "--base", "base", "--seed", "1")
     assert seeded["base"][0]["on_random"] != other["base"][0]["on_random"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_adapter_before_its_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = mlp()
+    inject_lora(model, r=2, target_modules=NAMES)
+    checkpoint(model, tmp_path / "new.ckpt")
+    main(["analyze", "new.ckpt"])
+    printed = capsys.readouterr().out
+    assert printed.count("its update is zero") == 2
+    assert (tmp_path / "analysis/spectra.png").is_file()
+
+
+def test_the_sides_to_choose_from_are_those_of_a_study() -> None:
+    assert cli_analyze._SIDES == SIDES
 
 
 def test_mistakes_are_said_in_one_line(

@@ -77,6 +77,23 @@ def test_inspect_reads_peft_folders_and_names_what_it_leaves_out(
     assert "Left out: 0: a convolution" in _text(capsys, "inspect", path)
 
 
+def test_an_adapter_that_has_diverged_is_still_described(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = adapted(target_modules=NAMES, modules_to_save=["head"])
+    with torch.no_grad():
+        model.fc1.lora.A[0, 0] = torch.nan
+        model.head.bias[0] = torch.inf
+    path = checkpoint(model, tmp_path / "a.ckpt")
+    found = _json(capsys, "inspect", path)
+    assert [row["layer"] for row in found["layers"]] == ["fc2"]
+    assert "no finite numbers" in found["left_out"]["fc1"]
+    norms = {row["name"]: row["norm"] for row in found["other_tensors"]}
+    assert norms["head.bias"] is None and norms["fc1.lora.A"] is None and norms["head.weight"] > 0
+    assert not _json(capsys, "diff", path, path)["identical"]
+    assert "head.bias" in _text(capsys, "inspect", path)
+
+
 def test_diff_of_an_adapter_and_itself_finds_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

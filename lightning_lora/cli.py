@@ -17,11 +17,16 @@ TRACEBACK_VARIABLE = "LIGHTNING_LORA_TRACEBACK"
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 CONFIGS = "configs"
 PLAN = "plan"
+ANALYZE, INSPECT, DIFF = "analyze", "inspect", "diff"
+_KNOWN = (*SUBCOMMANDS, PLAN, CONFIGS, INSPECT, DIFF, ANALYZE)
 
 _HELP = """\
 usage: lightning-lora {{fit,validate,test,predict}} --config CONFIG [--KEY VALUE ...]
        lightning-lora plan --config CONFIG [--gpus N,N] [--memory GiB] [--json] [--KEY VALUE ...]
        lightning-lora configs {{list,show,copy}} [NAME] [DEST]
+       lightning-lora inspect CKPT [--json]
+       lightning-lora diff CKPT CKPT [--json]
+       lightning-lora analyze CKPT [CKPT ...] [--base FOLDER] [--output FOLDER] [--json]
 
 Fine-tune a model with LoRA, score it, and predict with it.
 
@@ -31,6 +36,9 @@ Fine-tune a model with LoRA, score it, and predict with it.
   predict   write the predictions for data without labels to a file
   plan      say what would be adapted and the memory that it needs; nothing is loaded
   configs   list the configs in the package, print one, or copy one to a file of your own
+  inspect   say what is in an adapter checkpoint: base, settings, sizes, which layers moved most
+  diff      say what differs between two adapter checkpoints
+  analyze   compare what adapters have learned, with each other and with the base's weights
 
   --config CONFIG     a YAML file, or the name of a config in the package
   --KEY VALUE         overrides a key of the config: --lora.r 16 --trainer.max_epochs 5
@@ -76,6 +84,16 @@ def main(args: Sequence[str] | None = None) -> None:
 
             run_configs(arguments[1:])
             return
+        if arguments[0] == ANALYZE:
+            from lightning_lora.cli_analyze import run_analyze
+
+            run_analyze(arguments[1:])
+            return
+        if arguments[0] in (INSPECT, DIFF):
+            from lightning_lora.cli_inspect import run_diff, run_inspect
+
+            (run_inspect if arguments[0] == INSPECT else run_diff)(arguments[1:])
+            return
         # Classes of the user's own are named by class_path and lie in the working directory.
         sys.path.insert(0, str(Path.cwd()))
         if arguments[0] == PLAN:
@@ -83,7 +101,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
             run_plan(arguments[1:])
             return
-        arguments = complete_arguments(arguments, (*SUBCOMMANDS, PLAN, CONFIGS))
+        arguments = complete_arguments(arguments, _KNOWN)
         from lightning_lora.cli_run import LoRACLI
 
         LoRACLI(arguments)

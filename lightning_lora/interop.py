@@ -166,6 +166,17 @@ def _read(path: Path, model: nn.Module) -> _Adapter:
 
 
 def _read_peft(path: Path) -> _Adapter:
+    config, tensors = read_peft_files(path)
+    state = from_peft_tensors(tensors)
+    return from_peft_config(config, state, str(path)), state, None
+
+
+def read_peft_files(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What the two files of a folder in PEFT format hold, as it stands there.
+
+    Raises:
+        CheckpointError: A file is missing or damaged.
+    """
     try:
         config = json.loads((path / CONFIG_FILE).read_text())
         tensors = load_file(path / WEIGHTS_FILE)
@@ -176,8 +187,7 @@ def _read_peft(path: Path) -> _Adapter:
         ) from error
     except (json.JSONDecodeError, SafetensorError) as error:
         raise CheckpointError(f"{path} could not be read: it is damaged ({error}).") from error
-    state = from_peft_tensors(tensors)
-    return from_peft_config(config, state, str(path)), state, None
+    return config, tensors
 
 
 def _common_prefix(targets: list[str], model: nn.Module, path: Path) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -27,6 +28,56 @@ def listed(names: Sequence[str], limit: int = 5) -> str:
     """
     more = f", ... {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def corresponding(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
+    """Names of a model among those of the same model inside, or outside of, something else.
+
+    One beginning is exchanged for another, the same for all names: the pair that most names bear
+    out, and of those the shortest.
+
+    Returns:
+        The known name of each name that has one.
+
+    >>> corresponding(["model.bert.layer.0.q", "model.head"], ["layer.0.q", "layer.1.q"])
+    {'model.bert.layer.0.q': 'layer.0.q'}
+    """
+    names, known = list(names), set(known)
+    by_end: dict[str, list[str]] = defaultdict(list)
+    for each in known:
+        for beginning, end in _splits(each):
+            by_end[end].append(beginning)
+    pairs = Counter(
+        (old, new) for name in names for old, end in _splits(name) for new in by_end.get(end, ())
+    )
+    if not pairs:
+        return {}
+    old, new = min(pairs, key=lambda pair: (-pairs[pair], len(pair[0]) + len(pair[1]), pair))
+    renamed = {name: new + name.removeprefix(old) for name in names if name.startswith(old)}
+    return {name: other for name, other in renamed.items() if other in known}
+
+
+def _splits(name: str) -> list[tuple[str, str]]:
+    parts = name.split(".")
+    return [
+        ("".join(f"{part}." for part in parts[:depth]), ".".join(parts[depth:]))
+        for depth in range(len(parts))
+    ]
+
+
+def shortened(layers: Sequence[str]) -> list[str]:
+    """Names without the components that all of them begin with, and those that only fill.
+
+    >>> shortened(["model.layer.0.self.query", "model.layer.1.self.value"])
+    ['0.query', '1.value']
+    """
+    split = [name.split(".") for name in layers]
+    columns = [set(parts) for parts in zip(*split, strict=False)]
+    if len({len(parts) for parts in split}) > 1:
+        common = next((d for d, parts in enumerate(columns) if len(parts) > 1), 0)
+        return [".".join(parts[common:]) for parts in split]
+    kept = [d for d, parts in enumerate(columns) if len(parts) > 1] or [len(columns) - 1]
+    return [".".join(parts[d] for d in kept) for parts in split]
 
 
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:

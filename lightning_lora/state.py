@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from lightning_lora.errors import CheckpointError, ConfigError
 from lightning_lora.fingerprint import fingerprint
 from lightning_lora.injection import Injection, persistent_buffers, require_injection
 from lightning_lora.names import clean_name, listed, modules_by_name
+from lightning_lora.plan import Target
 from lightning_lora.sharded import reshard, write
 
 FORMAT_VERSION = 1
@@ -136,15 +138,26 @@ def checkpoint_metadata(model: nn.Module) -> dict[str, Any]:
     return {
         "version": FORMAT_VERSION,
         "config": record.config.to_dict(),
-        "targets": {
-            t.name: {"r": t.r, "alpha": t.alpha, "scaling": t.scaling} for t in record.plan.targets
-        },
+        "targets": {t.name: _described(t) for t in record.plan.targets},
         "base": {
             "fingerprint": base_fingerprint(model),
             "name_or_path": _name_or_path(model),
             "parameters": record.plan.base_parameters,
         },
     }
+
+
+def _described(target: Target) -> dict[str, Any]:
+    """What can be read off neither the factors nor the settings goes along with them."""
+    described = {
+        "r": target.r,
+        "alpha": target.alpha,
+        "scaling": target.scaling,
+        "kind": target.kind,
+    }
+    if target.slices is not None:
+        described["slices"] = asdict(target.slices)
+    return described
 
 
 def audit_metadata(

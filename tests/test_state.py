@@ -17,8 +17,18 @@ from lightning_lora import (
     unmerge_lora,
 )
 from lightning_lora.errors import CheckpointError, ConfigError
+from lightning_lora.slices import Slices
 from lightning_lora.state import audit_metadata, audit_state, base_fingerprint, checkpoint_metadata
-from tests.models import NormNet, TiedHead, TiedLinears, assert_same, mlp, shake, snapshot
+from tests.models import (
+    NormNet,
+    TiedHead,
+    TiedLinears,
+    assert_same,
+    hugging_face,
+    mlp,
+    shake,
+    snapshot,
+)
 
 
 def adapted(make: Any = mlp, seed: int = 1, **settings: Any) -> nn.Module:
@@ -165,12 +175,23 @@ def test_metadata_survives_a_safe_load() -> None:
     loaded = torch.load(buffer, weights_only=True)
     assert loaded["meta"] == checkpoint["meta"]
     assert loaded["meta"]["targets"] == {
-        "fc1": {"r": 2, "alpha": 6, "scaling": 3.0},
-        "fc2": {"r": 3, "alpha": 6, "scaling": 2.0},
+        "fc1": {"r": 2, "alpha": 6, "scaling": 3.0, "kind": "Linear"},
+        "fc2": {"r": 3, "alpha": 6, "scaling": 2.0, "kind": "Linear"},
     }
     assert loaded["meta"]["base"]["name_or_path"] == "Sequential"
     assert loaded["meta"]["base"]["parameters"] == 185
     audit_metadata(model, loaded["meta"])
+
+
+def test_metadata_says_which_parts_of_a_fused_projection_are_adapted() -> None:
+    model = hugging_face("gpt2")
+    inject_lora(model, r=2, target_modules="qv")
+    buffer = io.BytesIO()
+    torch.save(checkpoint_metadata(model), buffer)
+    buffer.seek(0)
+    target = torch.load(buffer, weights_only=True)["targets"]["transformer.h.0.attn.c_attn"]
+    assert target["kind"] == "Conv1D"
+    assert Slices(**target["slices"]) == Slices((("q", 16), ("k", 16), ("v", 16)), ("q", "v"))
 
 
 def bigger() -> nn.Module:

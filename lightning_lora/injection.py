@@ -14,6 +14,7 @@ from lightning_lora.freezing import freeze
 from lightning_lora.layers import LoRAFactors, LoRALayer, adapted_class
 from lightning_lora.names import clean_name, modules_by_name, unwrap
 from lightning_lora.plan import Plan
+from lightning_lora.quantization import keep_trainable
 from lightning_lora.sharded import has_other_layout, is_sharded, local, shard_alike
 from lightning_lora.targeting import make_plan
 
@@ -36,6 +37,7 @@ class Injection:
             empty.
         merged: Whether the factors are merged into the weights.
         fingerprint: The base's fingerprint, once it was computed.
+        repacked: Names of the 4-bit layers that bitsandbytes was free to repack.
     """
 
     config: LoRAConfig
@@ -46,6 +48,7 @@ class Injection:
     base_weights: dict[str, tuple[nn.Parameter, Tensor]] = field(default_factory=dict)
     merged: bool = False
     fingerprint: str | None = None
+    repacked: tuple[str, ...] = ()
 
 
 def inject_lora(
@@ -116,6 +119,7 @@ def inject_lora(
             # The units are fixed by now, and the factors belong to none of them.
             shard_alike(module.lora, weight)  # type: ignore[arg-type]
     record.nested_tensors = _leave_fast_paths(model)
+    record.repacked = keep_trainable(model)
     setattr(unwrap(model), ATTRIBUTE, record)
     freeze(model, plan)
     return plan

@@ -24,6 +24,7 @@ from lightning_lora.matching import (
 )
 from lightning_lora.names import clean_name, modules_by_name
 from lightning_lora.plan import Plan, Target
+from lightning_lora.quantization import count_parameters, quantized_layers
 from lightning_lora.trained import saved_modules, trained_parameters
 
 N = TypeVar("N", int, float)
@@ -44,6 +45,7 @@ def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
     modules = modules_by_name(model)
     saved = saved_modules(modules, config)
     names, matches, skipped = _target_names(modules, config, saved)
+    _refuse_quantized(model, saved)
     targets = tuple(_targets(modules, names, config))
     matches += _key_counts("rank_pattern", config.rank_pattern, names)
     matches += _key_counts("alpha_pattern", config.alpha_pattern, names)
@@ -53,7 +55,7 @@ def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
         saved_modules=saved,
         matches=tuple(matches),
         skipped=tuple(skipped),
-        base_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        base_parameters=count_parameters(model),
     )
 
 
@@ -183,12 +185,15 @@ def _obstacle(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> st
     """Why a module cannot be adapted, or ``None``."""
     if isinstance(module, (LoRALayer, LoRAFactors)):
         return "it has been adapted already"
-    if not name or adapted_class(type(module)) is None:
+    adapted = adapted_class(type(module))
+    if not name or adapted is None:
         types = ", ".join(supported_layers())
         why = f"{type(module).__name__} is not a supported layer type ({types})"
         if isinstance(module, nn.Linear):
             why += "; it overrides forward, so register a layer class for it with register_layer"
         return why
+    if (own := adapted.obstacle(module)) is not None:
+        return own
     if "weight" not in module._parameters:
         return "its weight is computed by a parametrization, which a merge could not undo"
     if hasattr(module, "lora"):
@@ -210,6 +215,16 @@ def _refuse_lazy(model: nn.Module) -> None:
             raise TargetError(
                 f"The shape of {clean_name(name)!r} is unknown until its module has run: pass one "
                 "batch through the model first, or give the layer its sizes."
+            )
+
+
+def _refuse_quantized(model: nn.Module, saved: tuple[str, ...]) -> None:
+    for name in quantized_layers(model):
+        if inside(name, saved):
+            raise TargetError(
+                f"modules_to_save: {name!r} is quantized, and a quantized weight cannot train. "
+                "Load the model with it left out of the quantization (llm_int8_skip_modules of a "
+                "BitsAndBytesConfig, ignore_modules of BitsandbytesPrecision), or adapt it."
             )
 
 

@@ -29,13 +29,22 @@ class LoRALayer(nn.Module):
         """Shapes of A and B for adapting ``module`` at rank ``r``."""
         raise NotImplementedError
 
+    @classmethod
+    def obstacle(cls, module: nn.Module) -> str | None:
+        """Why this very module cannot be adapted though its type can, or ``None``."""
+        return None
+
     def delta_weight(self) -> Tensor:
         """The update of the base weight, in the weight's shape and the factors' dtype."""
         raise NotImplementedError
 
 
 # Layers of packages that are imported only where a model brings them, and where each is adapted.
-_ON_DEMAND = {("transformers.pytorch_utils", "Conv1D"): "lightning_lora.layers.conv1d"}
+_ON_DEMAND = {
+    ("transformers.pytorch_utils", "Conv1D"): "lightning_lora.layers.conv1d",
+    ("bitsandbytes.nn.modules", "Linear4bit"): "lightning_lora.layers.quantized",
+    ("bitsandbytes.nn.modules", "Linear8bitLt"): "lightning_lora.layers.quantized",
+}
 _REGISTRY: dict[type[nn.Module], type[LoRALayer]] = {}
 _DERIVED: dict[type[nn.Module], type[LoRALayer]] = {}
 

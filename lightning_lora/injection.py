@@ -22,6 +22,23 @@ ATTRIBUTE = "_lightning_lora"
 
 
 @dataclass
+class Replaced:
+    """What a quantized layer was before a merge has made it another.
+
+    Attributes:
+        layer_class: Its class.
+        weight: Its packed weight.
+        bias: Its bias.
+        attributes: Further attributes that were replaced, by name.
+    """
+
+    layer_class: type[nn.Module]
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class Injection:
     """What was done to a model; kept on the model itself, so that it travels with copies and
     pickles.
@@ -37,7 +54,11 @@ class Injection:
             empty.
         merged: Whether the factors are merged into the weights.
         fingerprint: The base's fingerprint, once it was computed.
+        quantization: What a checkpoint says of a quantized base, once it was computed.
         repacked: Names of the 4-bit layers that bitsandbytes was free to repack.
+        merge_base: What a merge into a quantized base starts from.
+        replaced: While merged, what each quantized layer was.
+        hidden_flags: While merged, what made transformers take a module for a quantized one.
     """
 
     config: LoRAConfig
@@ -48,7 +69,11 @@ class Injection:
     base_weights: dict[str, tuple[nn.Parameter, Tensor]] = field(default_factory=dict)
     merged: bool = False
     fingerprint: str | None = None
+    quantization: dict[str, Any] | None = None
     repacked: tuple[str, ...] = ()
+    merge_base: str = "dequantized"
+    replaced: dict[str, Replaced] = field(default_factory=dict)
+    hidden_flags: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
 
 
 def inject_lora(

@@ -160,7 +160,12 @@ def _read(path: Path, model: nn.Module) -> _Adapter:
     prefix = _common_prefix(list(metadata["targets"]), model, path)
     state = {name.removeprefix(prefix): tensor for name, tensor in checkpoint["state_dict"].items()}
     targets = {name.removeprefix(prefix): target for name, target in metadata["targets"].items()}
-    return LoRAConfig.from_dict(metadata["config"]), state, {**metadata, "targets": targets}
+    base = dict(metadata["base"])
+    if base.get("quantization"):
+        layers = [name.removeprefix(prefix) for name in base["quantization"]["layers"]]
+        base["quantization"] = {**base["quantization"], "layers": layers}
+    settings = LoRAConfig.from_dict(metadata["config"])
+    return settings, state, {**metadata, "targets": targets, "base": base}
 
 
 def _read_peft(path: Path) -> _Adapter:

@@ -100,6 +100,84 @@ def missing_parameters(model: nn.Module) -> list[str]:
     )
 
 
+class StoredTensors(Mapping[str, Tensor]):
+    """The weights of a model as its files hold them, each read when it is asked for.
+
+    Args:
+        places: File and key for each parameter's name.
+        files: Keeps the files open.
+    """
+
+    def __init__(self, places: Mapping[str, tuple[Path, str]], files: ExitStack) -> None:
+        self._places, self._files = places, files
+        self._opened: dict[Path, Any] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        file, key = self._places[name]
+        if file not in self._opened:
+            self._opened[file] = self._files.enter_context(_open(file))
+        tensor: Tensor = self._opened[file].get_tensor(key)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+@contextmanager
+def stored_weights(model: nn.Module) -> Iterator[StoredTensors]:
+    """The weights that the Hugging Face models inside a module were loaded from.
+
+    Args:
+        model: Its models may have been quantized on loading.
+
+    Raises:
+        ConfigError: There is no such model, its files are not to be had, or they are quantized
+            themselves.
+    """
+    places: dict[str, tuple[Path, str]] = {}
+    outer = [(n, m) for n, m in model.named_modules() if hasattr(m, "_from_config")]
+    outer = [
+        (n, m)
+        for n, m in outer
+        if not any(n.startswith(f"{o}.") or (not o and n) for o, _ in outer)
+    ]
+    for prefix, part in outer:
+        for name, place in _places_of_loaded(part).items():
+            places[clean_name(f"{prefix}.{name}" if prefix else name)] = place
+    if not places:
+        raise ConfigError(
+            "merge_base='original' needs a Hugging Face model that was loaded from safetensors "
+            "files. Use merge_base='dequantized'."
+        )
+    with ExitStack() as files:
+        yield StoredTensors(places, files)
+
+
+def _places_of_loaded(model: Any) -> dict[str, tuple[Path, str]]:
+    config = copy.deepcopy(model.config)
+    name = config._name_or_path
+    try:
+        folder = _folder(name)
+        written = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"merge_base='original': the files of the base model {name!r} cannot be read "
+            f"({error}). Use merge_base='dequantized', or put them in their place."
+        ) from error
+    if "quantization_config" in written:
+        raise ConfigError(
+            f"merge_base='original': the files of {name!r} hold quantized weights. Use "
+            "merge_base='dequantized'."
+        )
+    config.__dict__.pop("quantization_config", None)
+    with _parameters_on_meta():
+        skeleton = type(model)._from_config(config)
+    return _places(skeleton, name)
+
+
 @torch.no_grad()
 def fill_parameters(model: nn.Module, device: torch.device) -> None:
     """Give the parameters on the meta device their values: stored weights are read, factors drawn,

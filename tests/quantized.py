@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes
 import torch
 from torch import nn
+
+from tests.models import hugging_face
 
 KINDS = ("nf4", "fp4", "int8")
 # It says at every call that activations are rounded to float16 on the way to int8.
@@ -47,3 +50,25 @@ def quantized_mlp(kind: str, seed: int = 0, **settings: Any) -> nn.Sequential:
 def any_bits(tensor: torch.Tensor) -> torch.Tensor:
     """A copy of the memory of a tensor, as bytes."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).clone()
+
+
+def quantized_hugging_face(name: str, kind: str, folder: Path, **settings: Any) -> Any:
+    """A tiny Hugging Face model, written to a folder and loaded from there quantized."""
+    from transformers import BitsAndBytesConfig
+
+    model = hugging_face(name)
+    if not (folder / "config.json").exists():
+        model.save_pretrained(folder)
+    options: dict[str, Any] = (
+        {"load_in_8bit": True}
+        if kind == "int8"
+        else {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": kind,
+            "bnb_4bit_compute_dtype": settings.get("dtype", torch.float32),
+        }
+    )
+    skip = ["classifier", "qa_outputs", "lm_head"]
+    config = BitsAndBytesConfig(**options, llm_int8_skip_modules=skip)
+    settings.setdefault("dtype", torch.float32)
+    return type(model).from_pretrained(folder, quantization_config=config, **settings)

@@ -269,7 +269,7 @@ def test_the_plan_counts_what_is_packed_as_if_it_were_not(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_removal_gives_the_very_base_back(kind: str) -> None:
     model = quantized_mlp(kind)
-    objects = {n: p for n, p in model.named_parameters()}
+    objects = dict(model.named_parameters())
     packed = {n: any_bits(p) for n, p in objects.items()}
     classes = [type(m) for m in model]
     inject_lora(model, r=2, alpha=6)
@@ -306,7 +306,7 @@ def test_a_base_of_8_bits_whose_weights_are_to_train() -> None:
 
 def test_a_quantized_layer_cannot_train_whole() -> None:
     model = quantized_mlp("nf4")
-    with pytest.raises(TargetError, match="'fc2' is quantized.*llm_int8_skip_modules"):
+    with pytest.raises(TargetError, match=r"'fc2' is quantized.*llm_int8_skip_modules"):
         inject_lora(model, r=2, alpha=6, target_modules=["fc1"], modules_to_save=["fc2"])
 
 

@@ -57,6 +57,7 @@ class Injection:
         quantization: What a checkpoint says of a quantized base, once it was computed.
         repacked: Names of the 4-bit layers that bitsandbytes was free to repack.
         merge_base: What a merge into a quantized base starts from.
+        merge_dtype: The dtype of activations where no unquantized matrix of the model shows it.
         replaced: While merged, what each quantized layer was.
         hidden_flags: While merged, what made transformers take a module for a quantized one.
     """
@@ -72,6 +73,7 @@ class Injection:
     quantization: dict[str, Any] | None = None
     repacked: tuple[str, ...] = ()
     merge_base: str = "dequantized"
+    merge_dtype: torch.dtype | None = None
     replaced: dict[str, Replaced] = field(default_factory=dict)
     hidden_flags: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
 

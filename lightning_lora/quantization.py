@@ -159,6 +159,16 @@ def keep_trainable(model: nn.Module) -> tuple[str, ...]:
     return tuple(changed)
 
 
+def quantize_pending(model: nn.Module, device: torch.device) -> None:
+    """Quantize the layers that wait for their device, which a Trainer moves a model to later.
+
+    Until then they hold other values than those that the adapter is trained on.
+    """
+    for layer in quantized_layers(model).values():
+        if is_pending(layer) and not layer.weight.is_meta:
+            layer.to(device)
+
+
 def allow_repacking(model: nn.Module, names: Iterable[str]) -> None:
     """Undo `keep_trainable`."""
     layers = quantized_layers(model)

@@ -154,7 +154,7 @@ def merge_quantized(
     layers = quantized_layers(model)
     if not layers:
         return report
-    dtype = _own_dtype(model, layers)
+    dtype = _own_dtype(model, record, layers)
     done: dict[int, nn.Parameter] = {}
     for name, layer in layers.items():
         factors = getattr(layer, "lora", None)
@@ -252,20 +252,22 @@ def _as_linear(layer: Any, stored: Tensor) -> Tensor:
     return stored.t() if getattr(layer, "source_cls", nn.Linear).__name__ == "Conv1D" else stored
 
 
-def _own_dtype(model: nn.Module, layers: dict[str, Any]) -> torch.dtype:
-    """The dtype that activations have: that of most parameters that are not quantized."""
+def _own_dtype(model: nn.Module, record: Injection, layers: dict[str, Any]) -> torch.dtype:
+    """The dtype that activations have: that of most matrices that are not quantized."""
     left_out = {id(layer.weight) for layer in layers.values()}
     for module in model.modules():
         if isinstance(module, LoRAFactors):
             left_out.update(map(id, module.parameters()))
-    counts: Counter[torch.dtype] = Counter()
+    matrices: Counter[torch.dtype] = Counter()
+    vectors: Counter[torch.dtype] = Counter()
     for parameter in model.parameters():
         if id(parameter) not in left_out and parameter.is_floating_point():
+            counts = matrices if parameter.ndim > 1 else vectors
             counts[parameter.dtype] += parameter.numel()
-    if counts:
-        return counts.most_common(1)[0][0]
-    compute = {getattr(layer, "compute_dtype", None) for layer in layers.values()} - {None}
-    return compute.pop() if len(compute) == 1 else torch.float32
+    if not matrices and record.merge_dtype is not None:
+        return record.merge_dtype
+    common = (matrices or vectors).most_common(1)
+    return common[0][0] if common else torch.float32
 
 
 def _hide_flags(model: nn.Module, record: Injection) -> None:

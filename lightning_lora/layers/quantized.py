@@ -59,6 +59,10 @@ class LoRALinear4bit(_LoRAQuantized, Linear4bit):
 
     base_class = Linear4bit
     keeps_dtype = True
+    weight: Any
+    compute_dtype: torch.dtype | None
+    compute_type_is_set: bool
+    set_compute_type: Any
 
     def base_forward(self, x: Tensor) -> Tensor:
         """As `Linear4bit` computes, in its ``compute_dtype``."""
@@ -92,6 +96,9 @@ class LoRALinear8bitLt(_LoRAQuantized, Linear8bitLt):
 
     base_class = Linear8bitLt
     keeps_dtype = False
+    weight: Any
+    state: Any
+    init_8bit_state: Any
 
     @classmethod
     def obstacle(cls, module: nn.Module) -> str | None:

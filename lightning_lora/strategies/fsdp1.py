@@ -69,6 +69,11 @@ class FlatSharded(Sharded):
             )
         if not self.strategy.kwargs.get("use_orig_params", True):
             raise ConfigError("LoRA needs FSDPStrategy(use_orig_params=True), the default.")
+        if quantized_layers(model):
+            raise ConfigError(
+                "strategy='fsdp' cannot shard a quantized base: its flat parameters take one dtype "
+                "each. Use one device, or strategy='ddp'."
+            )
         self.agree(model)
         kwargs = self.strategy.kwargs
         kwargs["auto_wrap_policy"] = _with_factors(kwargs.get("auto_wrap_policy"), model)
@@ -148,10 +153,10 @@ class FlatSharded(Sharded):
 
     @override
     @torch.no_grad()
-    def merge(self, model: nn.Module) -> None:
+    def merge(self, model: nn.Module) -> MergeReport:
         record = require_injection(model)
         if record.merged:
-            return
+            return MergeReport(record.merge_base)
         modules = modules_by_name(model)
         factors = self.state(model)
         factors_are_finite(record, factors)
@@ -169,6 +174,7 @@ class FlatSharded(Sharded):
             unwrap(modules[target.name].lora).hidden = True  # type: ignore[arg-type, assignment]
             restore_class(modules[target.name])
         record.merged = True
+        return MergeReport(record.merge_base)
 
     @override
     @torch.no_grad()

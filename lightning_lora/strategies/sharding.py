@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_lora.merging import merge_lora, refuse_ties, unmerge_lora
 from lightning_lora.names import clean_name
 from lightning_lora.pretrained import fill_parameters
+from lightning_lora.quantized_merging import MergeReport
 from lightning_lora.sharded import all_wholes, is_sharded, local, part_of, reshard, whole
 from lightning_lora.state import (
     adapter_state_dict,
@@ -75,9 +76,9 @@ class Replicated:
     def check_merge(self, model: nn.Module) -> None:
         """Refuse, before the fit, what could not be merged after it."""
 
-    def merge(self, model: nn.Module) -> None:
+    def merge(self, model: nn.Module) -> MergeReport:
         """Merge the factors into the base; a collective call."""
-        merge_lora(model)
+        return merge_lora(model)
 
     def unmerge(self, model: nn.Module) -> None:
         """Restore the exact base; a collective call."""

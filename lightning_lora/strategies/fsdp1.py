@@ -37,6 +37,8 @@ from lightning_lora.injection import (
 from lightning_lora.layers import LoRAFactors, LoRALayer
 from lightning_lora.merging import factors_are_finite
 from lightning_lora.names import clean_name, modules_by_name, unwrap
+from lightning_lora.quantization import quantized_layers
+from lightning_lora.quantized_merging import MergeReport
 from lightning_lora.state import adapter_state_dict, audit_state, trained_shapes
 from lightning_lora.strategies.sharding import Sharded
 from lightning_lora.strategies.wrapping import find_units

@@ -76,7 +76,7 @@ class LoRACallback(Callback):
             task models.
         use_rslora: Scale by ``alpha / sqrt(r)``.
         use_dora: Not available yet.
-        init: ``"kaiming"`` or ``"gaussian"``.
+        init: ``"kaiming"``, ``"gaussian"``, or ``"loftq"`` for a quantized base.
         merge_on_fit_end: Merge when a fit ends.
         merge_from: Merge the ``"last"`` weights, or those of the ``"best"`` checkpoint.
         merge_base: What a quantized base is replaced by while it is merged: ``"dequantized"``

@@ -12,9 +12,10 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, TargetError
 from lightning_lora.freezing import freeze
 from lightning_lora.layers import LoRAFactors, LoRALayer, adapted_class
-from lightning_lora.names import clean_name, modules_by_name, unwrap
+from lightning_lora.loftq import initialize_from_error
+from lightning_lora.names import clean_name, modules_by_name, persistent_buffers, unwrap
 from lightning_lora.plan import Plan
-from lightning_lora.quantization import keep_trainable
+from lightning_lora.quantization import allow_repacking, keep_trainable
 from lightning_lora.sharded import has_other_layout, is_sharded, local, shard_alike
 from lightning_lora.targeting import make_plan
 
@@ -79,11 +80,17 @@ class Injection:
 
 
 def inject_lora(
-    model: nn.Module, config: LoRAConfig | None = None, *, seed: int | None = None, **settings: Any
+    model: nn.Module,
+    config: LoRAConfig | None = None,
+    *,
+    seed: int | None = None,
+    initialize: bool = True,
+    **settings: Any,
 ) -> Plan:
     """Adapt a model in place and freeze the rest.
 
-    Right after it the model's output is bitwise what it was (B is zero). Injecting the same
+    Right after it the model's output is bitwise what it was (B is zero, unless ``init="loftq"`` has
+    it correct what quantization took away). Injecting the same
     settings again does nothing.
 
     Args:
@@ -91,6 +98,8 @@ def inject_lora(
         config: The settings; or give them as keywords (``r=8, target_modules=["fc1"]``).
         seed: Seed of the factors' initial values; drawn from torch's global generator by default,
             and so reproducible under `lightning.seed_everything`.
+        initialize: Whether ``init="loftq"`` reads the base model's files now; not where an adapter
+            is loaded next.
         **settings: Fields of `LoRAConfig`.
 
     Returns:
@@ -128,6 +137,13 @@ def inject_lora(
     if seed is None:
         seed = int(torch.randint(2**62, (1,), device="cpu"))
     factors = _build_factors(model, plan, config, seed)
+    repacked = keep_trainable(model)
+    if config.init == "loftq" and initialize:
+        try:
+            initialize_from_error(model, plan, factors)
+        except ConfigError:
+            allow_repacking(model, repacked)
+            raise
     record = Injection(
         config=config,
         plan=plan,
@@ -146,7 +162,7 @@ def inject_lora(
             # The units are fixed by now, and the factors belong to none of them.
             shard_alike(module.lora, weight)  # type: ignore[arg-type]
     record.nested_tensors = _leave_fast_paths(model)
-    record.repacked = keep_trainable(model)
+    record.repacked = repacked
     setattr(unwrap(model), ATTRIBUTE, record)
     freeze(model, plan)
     return plan
@@ -171,18 +187,6 @@ def require_injection(model: nn.Module) -> Injection:
             "on a part of it or on a module around it)."
         )
     return record
-
-
-def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that a state dict holds, by name."""
-    return {
-        f"{name}.{key}" if name else key: buffer
-        for name, module in modules_by_name(model).items()
-        for key, buffer in module._buffers.items()
-        if buffer is not None
-        and key not in module._non_persistent_buffers_set
-        and not buffer.is_meta
-    }
 
 
 def swap_class(module: nn.Module) -> None:

@@ -125,7 +125,7 @@ def swap_adapter(model: nn.Module, path: str | Path) -> Plan:
         return _load(model, adapter, str(path), strict_base=True)
     except CheckpointError:
         if injection_of(model) is None:
-            inject_lora(model, old_config)
+            inject_lora(model, old_config, initialize=False)
             load_adapter_state_dict(model, old_state)
         raise
     finally:
@@ -136,7 +136,7 @@ def swap_adapter(model: nn.Module, path: str | Path) -> Plan:
 def _load(model: nn.Module, adapter: _Adapter, source: str, strict_base: bool) -> Plan:
     config, state, metadata = adapter
     record = injection_of(model)
-    plan = inject_lora(model, config)
+    plan = inject_lora(model, config, initialize=False)
     was_merged = record is not None and record.merged
     unmerge_lora(model)
     try:

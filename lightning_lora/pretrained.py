@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.injection import persistent_buffers
 from lightning_lora.layers import LoRAFactors
-from lightning_lora.names import clean_name, listed
+from lightning_lora.names import clean_name, listed, persistent_buffers
 from lightning_lora.sharded import extent, is_sharded, local, write
 
 _ATTRIBUTE = "_lightning_lora_stored"
@@ -149,8 +148,8 @@ def stored_weights(model: nn.Module) -> Iterator[StoredTensors]:
             places[clean_name(f"{prefix}.{name}" if prefix else name)] = place
     if not places:
         raise ConfigError(
-            "merge_base='original' needs a Hugging Face model that was loaded from safetensors "
-            "files. Use merge_base='dequantized'."
+            "The original weights are needed, and there is no Hugging Face model that was loaded "
+            "from safetensors files. Use merge_base='dequantized', or another init."
         )
     with ExitStack() as files:
         yield StoredTensors(places, files)
@@ -164,13 +163,13 @@ def _places_of_loaded(model: Any) -> dict[str, tuple[Path, str]]:
         written = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"merge_base='original': the files of the base model {name!r} cannot be read "
-            f"({error}). Use merge_base='dequantized', or put them in their place."
+            f"The original weights are needed, and the files of the base model {name!r} cannot be "
+            f"read ({error}). Put them in their place, or use merge_base='dequantized'."
         ) from error
     if "quantization_config" in written:
         raise ConfigError(
-            f"merge_base='original': the files of {name!r} hold quantized weights. Use "
-            "merge_base='dequantized'."
+            f"The original weights are needed, and the files of {name!r} hold quantized ones. "
+            "Use merge_base='dequantized', or another init."
         )
     config.__dict__.pop("quantization_config", None)
     with _parameters_on_meta():

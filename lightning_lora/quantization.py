@@ -101,6 +101,14 @@ def dequantized(layer: _Layer, dtype: torch.dtype, packed: Tensor | None = None)
     return weight.mul_(scales.unsqueeze(1).mul(1 / 127))
 
 
+def as_linear(layer: _Layer, stored: Tensor) -> Tensor:
+    """A weight as a file holds it, in shape ``(out_features, in_features)``.
+
+    transformers makes linear layers of the ``Conv1D`` layers that keep their weights transposed.
+    """
+    return stored.t() if getattr(layer, "source_cls", nn.Linear).__name__ == "Conv1D" else stored
+
+
 def scales(layer: _Layer) -> list[Tensor]:
     """What belongs to a quantized weight beside its packed values."""
     if is_pending(layer):

@@ -24,6 +24,7 @@ from lightning_lora.layers import LoRAFactors
 from lightning_lora.names import listed, modules_by_name
 from lightning_lora.pretrained import stored_weights
 from lightning_lora.quantization import (
+    as_linear,
     dequantized,
     is_pending,
     quantized_layers,
@@ -170,7 +171,7 @@ def merge_quantized(
             if read is None:
                 merged = trained
             else:
-                merged = _as_linear(layer, read(f"{name}.weight")).to(weight) + (trained - weight)
+                merged = as_linear(layer, read(f"{name}.weight")).to(weight) + (trained - weight)
             if base == "requantized":
                 after = requantized(layer, merged)
             else:
@@ -246,10 +247,6 @@ def _put_packed(layer: Any, weight: nn.Parameter, replaced: Replaced) -> None:
     layer.state = type(state)()
     layer.state.__dict__.update(state.__dict__)
     layer.state.CB = layer.state.SCB = None
-
-
-def _as_linear(layer: Any, stored: Tensor) -> Tensor:
-    return stored.t() if getattr(layer, "source_cls", nn.Linear).__name__ == "Conv1D" else stored
 
 
 def _own_dtype(model: nn.Module, record: Injection, layers: dict[str, Any]) -> torch.dtype:

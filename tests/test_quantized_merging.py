@@ -196,7 +196,7 @@ def test_save_pretrained_writes_an_ordinary_folder(
 def test_original_weights_that_are_not_to_be_had(tmp_path: Path) -> None:
     raw = adapted("nf4")
     packed = any_bits(raw.fc1.weight)
-    with pytest.raises(ConfigError, match="needs a Hugging Face model"):
+    with pytest.raises(ConfigError, match="there is no Hugging Face model"):
         merge_lora(raw, base="original")
     model = quantized_hugging_face("bert", "nf4", tmp_path / "base")
     inject_lora(model, r=2, alpha=6)

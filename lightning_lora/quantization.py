@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.errors import ConfigError
 from lightning_lora.names import modules_by_name
 
 # Weights of bitsandbytes layers are read from attributes that `nn.Module` does not know.
@@ -165,6 +166,27 @@ def keep_trainable(model: nn.Module) -> tuple[str, ...]:
             layer.state_dict()  # which has to pack it back
             layer.quant_state = layer.weight.quant_state
     return tuple(changed)
+
+
+def store_as(model: nn.Module, dtype: torch.dtype) -> None:
+    """View packed 4-bit weights in another dtype; the bytes stay where and what they are.
+
+    Sharding takes floating-point parameters alone, which is what ``quant_storage`` is for.
+
+    Raises:
+        ConfigError: A layer has 8 bits, or its bytes make no whole number of elements.
+    """
+    for name, layer in quantized_layers(model).items():
+        if not is_4bit(layer):
+            raise ConfigError(
+                f"{name!r} is quantized to int8, which FSDP2 cannot shard. Use 4 bits (nf4), or "
+                "strategy='ddp'."
+            )
+        flat = layer.weight.data.reshape(-1).view(torch.uint8)
+        if flat.numel() % dtype.itemsize:
+            raise ConfigError(f"{name!r} has {flat.numel()} packed bytes, no multiple of 4.")
+        layer.weight.data = flat.view(dtype).view(-1, 1)
+        layer.weight.quant_storage = layer.quant_storage = dtype
 
 
 def quantize_pending(model: nn.Module, device: torch.device) -> None:

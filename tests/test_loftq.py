@@ -18,7 +18,9 @@ from tests.quantized import any_bits, quantized_hugging_face, quantized_mlp
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
-def test_the_layers_begin_as_near_to_the_original_as_the_rank_allows(name: str, kind: str, tmp_path: Path) -> None:
+def test_the_layers_begin_as_near_to_the_original_as_the_rank_allows(
+    name: str, kind: str, tmp_path: Path
+) -> None:
     model = quantized_hugging_face(name, kind, tmp_path / "base").eval()
     original = load_file(tmp_path / "base" / "model.safetensors")
     ids = {"input_ids": torch.randint(3, 40, (4, 7), generator=torch.Generator().manual_seed(0))}

@@ -117,3 +117,32 @@ def test_a_merge_that_cannot_be_is_refused_before_the_fit(tmp_path: Path) -> Non
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def test_an_8_bit_optimizer_on_shards(tmp_path: Path) -> None:
+    import bitsandbytes
+
+    class Eight(Packed):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            trained = [p for p in self.parameters() if p.requires_grad]
+            return bitsandbytes.optim.AdamW8bit(trained, lr=0.01)
+
+    lora = LoRACallback(r=4, alpha=12, target_modules=["up"], verbose=False, merge_on_fit_end=False)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        strategy="fsdp2",
+        callbacks=[lora],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        max_steps=1,
+        default_root_dir=tmp_path,
+    )
+    try:
+        with pytest.raises(ConfigError, match=r"AdamW8bit .* parameters that are shards"):
+            trainer.fit(Eight(Scenario("x")))
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

@@ -36,7 +36,7 @@ from lightning_lora.freezing import cast_frozen, check_dtype, freeze
 from lightning_lora.injection import inject_lora, injection_of, require_injection
 from lightning_lora.plan import Plan
 from lightning_lora.quantization import quantize_pending
-from lightning_lora.quantized_merging import MergeReport, check_merge_base
+from lightning_lora.quantized_merging import MergeReport, check_merge_base, merging_into
 from lightning_lora.resume import ExactResume
 from lightning_lora.state import (
     METADATA_KEY,
@@ -308,8 +308,12 @@ class LoRACallback(Callback):
         model = _module_of(strategy)
         self._prepare(model)
         assert self._sharding is not None
-        if self.merge_on_fit_end:
+        if self.merge_on_fit_end or self.export_dir is not None:
             self._sharding.check_merge(model)
+            if self.merge_base == "original":
+                # Before a fit whose end would find out.
+                with merging_into(model, self.merge_base):
+                    pass
         self._sharding.setup(original, trainer, model)
         base_fingerprint(model)
 

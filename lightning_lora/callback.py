@@ -27,13 +27,16 @@ from lightning_lora.checks import (
     check_optimizers,
     check_strategy,
     check_weight_averaging,
+    quantize,
 )
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError
 from lightning_lora.export import export_model
 from lightning_lora.freezing import cast_frozen, check_dtype, freeze
-from lightning_lora.injection import inject_lora, injection_of
+from lightning_lora.injection import inject_lora, injection_of, require_injection
 from lightning_lora.plan import Plan
+from lightning_lora.quantization import quantize_pending
+from lightning_lora.quantized_merging import MergeReport, check_merge_base, merging_into
 from lightning_lora.resume import ExactResume
 from lightning_lora.state import (
     METADATA_KEY,
@@ -73,9 +76,13 @@ class LoRACallback(Callback):
             task models.
         use_rslora: Scale by ``alpha / sqrt(r)``.
         use_dora: Not available yet.
-        init: ``"kaiming"`` or ``"gaussian"``.
+        init: ``"kaiming"``, ``"gaussian"``, or ``"loftq"`` for a quantized base.
         merge_on_fit_end: Merge when a fit ends.
         merge_from: Merge the ``"last"`` weights, or those of the ``"best"`` checkpoint.
+        merge_base: What a quantized base is replaced by while it is merged: ``"dequantized"``
+            weights in the dtype of the rest of the model, the ``"original"`` ones from the model's
+            files, or ``"requantized"``, which stays packed and rounds the update; the report says
+            what each costs.
         export_dir: Folder for the merged model (``merged``) and the adapter in PEFT format
             (``adapter``), written when a fit ends.
         frozen_dtype: Keep the frozen matrices in ``"bf16"`` or ``"fp16"`` (for mixed precision), or
@@ -86,6 +93,7 @@ class LoRACallback(Callback):
 
     Attributes:
         plan: What was adapted, once the model is known.
+        merge_report: What the latest merge into a quantized base cost.
         exported: The folders that were exported, by what they hold.
 
     Raises:
@@ -122,6 +130,7 @@ class LoRACallback(Callback):
         init: str = "kaiming",
         merge_on_fit_end: bool = True,
         merge_from: str = "last",
+        merge_base: str = "dequantized",
         export_dir: str | None = None,
         frozen_dtype: str | None = None,
         exact_resume: bool = True,
@@ -147,11 +156,13 @@ class LoRACallback(Callback):
         if merge_from not in ("last", "best"):
             raise ConfigError(f"merge_from must be 'last' or 'best', got {merge_from!r}")
         self.frozen_dtype = check_dtype(frozen_dtype)
+        self.merge_base = check_merge_base(merge_base)
         self.merge_on_fit_end = merge_on_fit_end
         self.merge_from = merge_from
         self.export_dir = export_dir
         self.verbose = verbose
         self.plan: Plan | None = None
+        self.merge_report: MergeReport | None = None
         self.exported: dict[str, Path] = {}
         self._resume = ExactResume() if exact_resume else None
         self._sharding: Replicated | None = None
@@ -199,7 +210,11 @@ class LoRACallback(Callback):
             self._load_best(trainer, pl_module)
         assert self._sharding is not None
         if self.merge_on_fit_end:
-            self._sharding.merge(pl_module)
+            self.merge_report = self._sharding.merge(pl_module)
+            if self.verbose and self.merge_report.errors and trainer.is_global_zero:
+                import rich
+
+                rich.print(self.merge_report)
         if stage == "fit" and self.export_dir is not None:
             self.exported = export_model(pl_module, Path(self.export_dir), trainer, self._sharding)
         trainer.strategy.barrier("LoRACallback.teardown")
@@ -219,7 +234,12 @@ class LoRACallback(Callback):
         """Bring the model into the state that a stage starts from: adapted, unmerged, frozen."""
         if injection_of(model) is None:
             assert self._trainer is not None
+            strategy = self._trainer.strategy
+            dtype = quantize(model, strategy.precision_plugin, self.config)
+            quantize_pending(model, strategy.root_device)
             self.plan = inject_lora(model, self.config, seed=self._seed(self._trainer.strategy))
+            record = require_injection(model)
+            record.merge_base, record.merge_dtype = self.merge_base, dtype
             # Now, while the base is in its own precision and nothing has been trained.
             if not any(parameter.is_meta for parameter in frozen_parameters(model)):
                 base_fingerprint(model)
@@ -288,8 +308,12 @@ class LoRACallback(Callback):
         model = _module_of(strategy)
         self._prepare(model)
         assert self._sharding is not None
-        if self.merge_on_fit_end:
+        if self.merge_on_fit_end or self.export_dir is not None:
             self._sharding.check_merge(model)
+            if self.merge_base == "original":
+                # Before a fit whose end would find out.
+                with merging_into(model, self.merge_base):
+                    pass
         self._sharding.setup(original, trainer, model)
         base_fingerprint(model)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
@@ -15,8 +17,11 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
+from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError
-from lightning_lora.names import listed
+from lightning_lora.names import listed, modules_by_name
+from lightning_lora.sharded import is_sharded
+from lightning_lora.trained import saved_modules
 
 
 def check_strategy(trainer: Trainer) -> None:
@@ -40,8 +45,34 @@ def check_strategy(trainer: Trainer) -> None:
             "ddp_notebook) hand the whole model back and forth, which loses the adapter. Use "
             "strategy='ddp' in a script."
         )
-    if isinstance(strategy.precision_plugin, BitsandbytesPrecision):
-        raise ConfigError("BitsandbytesPrecision is not supported by LoRACallback in this version.")
+    plugin = strategy.precision_plugin
+    if isinstance(plugin, BitsandbytesPrecision) and plugin._linear_cls.__name__ == "_Linear8bitLt":
+        raise ConfigError(
+            "BitsandbytesPrecision(mode='int8-training') keeps the weights in 16 bits so that they "
+            "can train, and LoRA freezes them. Use mode='int8', or 'nf4'."
+        )
+
+
+def quantize(model: LightningModule, plugin: Any, config: LoRAConfig) -> torch.dtype | None:
+    """Let `BitsandbytesPrecision` replace the linear layers now, before they are adapted.
+
+    Lightning has it do so later, and it would replace adapted layers by plain quantized ones. What
+    trains whole is left out.
+
+    Args:
+        model: A module without LoRA.
+        plugin: The strategy's precision plugin, of any kind.
+        config: The settings.
+
+    Returns:
+        The dtype that the plugin casts inputs to, or ``None`` for plugins of other kinds.
+    """
+    if not isinstance(plugin, BitsandbytesPrecision):
+        return None
+    saved = saved_modules(modules_by_name(model), config)
+    plugin.ignore_modules = set(plugin.ignore_modules) | set(saved)
+    plugin.convert_module(model)
+    return plugin.dtype
 
 
 def check_weight_averaging(trainer: Trainer, lora: Callback, built_later: bool) -> None:
@@ -94,6 +125,9 @@ def check_optimizers(trainer: Trainer, model: LightningModule) -> None:
         for group in optimizer.param_groups
         for p in group["params"]
     }
+    for optimizer in trainer.optimizers:
+        if type(optimizer).__module__.startswith("bitsandbytes."):
+            _check_whole(optimizer)
     left_out = [
         name for name, p in model.named_parameters() if p.requires_grad and id(p) not in optimized
     ]
@@ -103,6 +137,15 @@ def check_optimizers(trainer: Trainer, model: LightningModule) -> None:
             f"{listed(left_out, limit=3)}. Most likely the optimizer was built before LoRA was "
             "injected (in __init__, or by a top-level 'optimizer:' of LightningCLI). Build it in "
             "configure_optimizers from self.parameters()."
+        )
+
+
+def _check_whole(optimizer: torch.optim.Optimizer) -> None:
+    if any(is_sharded(p) for group in optimizer.param_groups for p in group["params"]):
+        raise ConfigError(
+            f"{type(optimizer).__name__} of bitsandbytes cannot update parameters that are shards "
+            "(its kernels take plain tensors alone). Use torch.optim.AdamW: the state of sharded "
+            "factors is small, and is sharded too."
         )
 
 

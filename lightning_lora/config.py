@@ -14,7 +14,7 @@ from lightning_lora.errors import ConfigError
 
 PRESETS = ("all-linear", "qv", "attention")
 BIAS_MODES = ("none", "lora_only", "all")
-INITS = ("kaiming", "gaussian")
+INITS = ("kaiming", "gaussian", "loftq")
 
 
 @dataclass
@@ -47,7 +47,9 @@ class LoRAConfig:
         use_dora: Reserved for weight-decomposed adapters; not available yet, so ``True`` is
             refused.
         init: Initialisation of A: ``"kaiming"`` (uniform, as in PEFT and loralib) or ``"gaussian"``
-            (standard deviation ``1 / r``). B is zero.
+            (standard deviation ``1 / r``). B is zero. ``"loftq"`` starts both of a quantized base
+            from the error of its quantization (arXiv:2310.08659), which needs the original weights'
+            files.
 
     Raises:
         ConfigError: Lists every problem found, not only the first.

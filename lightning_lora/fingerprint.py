@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +17,14 @@ _MODULUS = 2**64
 _SIGN = 2**63
 
 
-def fingerprint(tensors: Iterable[Tensor]) -> str:
+@dataclass(frozen=True)
+class Packed:
+    """A tensor of which the bytes count, and neither the dtype nor the shape they are stored in."""
+
+    tensor: Tensor
+
+
+def fingerprint(tensors: Iterable[Tensor | Packed]) -> str:
     """A hash of values, shapes and order of tensors.
 
     Every element counts, with a weight that depends on its position; values are first rounded to
@@ -26,7 +34,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     A sharded base has the fingerprint of the whole; each process reads its shards alone.
 
     Args:
-        tensors: Parameters of the base, in the order of the model.
+        tensors: Parameters of the base, in the order of the model; packed weights as `Packed`.
 
     Returns:
         32 hexadecimal digits.
@@ -38,14 +46,22 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
         >>> fingerprint([W]) == fingerprint([W + 1])
         False
     """
-    parts = [_flat_part(tensor) for tensor in tensors]
-    sums = [position_sums(local(tensor), offset) for tensor, offset in parts]
+    kept, sums, shapes = [], [], []
+    for each in tensors:
+        tensor, offset = _flat_part(each.tensor if isinstance(each, Packed) else each)
+        part, shape = local(tensor).detach(), tuple(tensor.shape)
+        if isinstance(each, Packed):
+            size = tensor.dtype.itemsize
+            part, offset = part.reshape(-1).view(torch.uint8), offset * size
+            shape = (tensor.numel() * size,)
+        sums.append(position_sums(part, offset))
+        kept.append(tensor)
+        shapes.append(shape)
     signed = [[(value + _SIGN) % _MODULUS - _SIGN for value in pair] for pair in sums]
-    kept = [tensor for tensor, _ in parts]
     totals = sum_over_shards(torch.tensor(signed, dtype=torch.int64).reshape(-1, 2), kept).tolist()
     digest = hashlib.blake2b(digest_size=16)
-    for tensor, (plain, weighted) in zip(kept, totals, strict=True):
-        digest.update(f"{tuple(tensor.shape)}:{plain % _MODULUS}:{weighted % _MODULUS};".encode())
+    for shape, (plain, weighted) in zip(shapes, totals, strict=True):
+        digest.update(f"{shape}:{plain % _MODULUS}:{weighted % _MODULUS};".encode())
     return digest.hexdigest()
 
 

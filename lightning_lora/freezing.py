@@ -14,6 +14,7 @@ from lightning_lora.layers import LoRAFactors
 from lightning_lora.matching import inside
 from lightning_lora.names import clean_name
 from lightning_lora.plan import Plan
+from lightning_lora.quantization import quantized_layers
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -75,7 +76,11 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     Under autocast this saves the cast of each frozen weight in every forward pass, and the copy
     kept for backward.
     """
+    # Packed weights may be stored in a floating-point dtype whose values mean nothing.
+    packed = {id(layer.weight) for layer in quantized_layers(model).values()}
     for parameter in model.parameters():
+        if id(parameter) in packed:
+            continue
         if not parameter.requires_grad and parameter.ndim >= 2 and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
 

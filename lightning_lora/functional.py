@@ -145,7 +145,7 @@ class _LoRALinear(torch.autograd.Function):
             # Double backward: hidden_t is a constant to autograd, so everything is derived again
             # from the inputs. The bias enters linearly, so its gradient needs no input of its own.
             hidden_t = None
-        grads = _lora_linear_grads(
+        grads = lora_linear_grads(
             grad, x, weight, A, B, hidden_t, dropped, ctx.scaling, ctx.dtype, ctx.needs_input_grad
         )
         grad_x, grad_A, grad_B = grads
@@ -156,10 +156,10 @@ class _LoRALinear(torch.autograd.Function):
         return grad_x, None, grad_bias, grad_A, grad_B, None, None, None
 
 
-def _lora_linear_grads(
+def lora_linear_grads(
     grad: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     A: Tensor,
     B: Tensor,
     hidden_t: Tensor | None,
@@ -168,7 +168,10 @@ def _lora_linear_grads(
     dtype: torch.dtype,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, A and B; in-place on its own temporaries unless ``hidden_t`` is ``None``."""
+    """Gradients of x, A and B; in-place on its own temporaries unless ``hidden_t`` is ``None``.
+
+    The weight is needed for the gradient of x alone.
+    """
     rows = math.prod(x.shape[:-1])
     differentiable = hidden_t is None
     g = grad.reshape(rows, grad.shape[-1]).to(dtype)
@@ -187,6 +190,7 @@ def _lora_linear_grads(
     if needs[4]:
         grad_B = torch.mm(hidden_t, g).t().mul(scaling).to(B.dtype)
     if needs[0]:
+        assert weight is not None
         base = torch.mm(g, weight.to(dtype))
         if dropped is None and not differentiable:
             grad_x = base.addmm_(grad_hidden_t.t(), A_c, alpha=scaling)

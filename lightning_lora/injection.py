@@ -12,12 +12,31 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, TargetError
 from lightning_lora.freezing import freeze
 from lightning_lora.layers import LoRAFactors, LoRALayer, adapted_class
-from lightning_lora.names import clean_name, modules_by_name, unwrap
+from lightning_lora.loftq import initialize_from_error
+from lightning_lora.names import clean_name, modules_by_name, persistent_buffers, unwrap
 from lightning_lora.plan import Plan
+from lightning_lora.quantization import allow_repacking, keep_trainable
 from lightning_lora.sharded import has_other_layout, is_sharded, local, shard_alike
 from lightning_lora.targeting import make_plan
 
 ATTRIBUTE = "_lightning_lora"
+
+
+@dataclass
+class Replaced:
+    """What a quantized layer was before a merge has made it another.
+
+    Attributes:
+        layer_class: Its class.
+        weight: Its packed weight.
+        bias: Its bias.
+        attributes: Further attributes that were replaced, by name.
+    """
+
+    layer_class: type[nn.Module]
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    attributes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -36,6 +55,12 @@ class Injection:
             parameter's name; else empty.
         merged: Whether the factors are merged into the weights.
         fingerprint: The base's fingerprint, once it was computed.
+        quantization: What a checkpoint says of a quantized base, once it was computed.
+        repacked: Names of the 4-bit layers that bitsandbytes was free to repack.
+        merge_base: What a merge into a quantized base starts from.
+        merge_dtype: The dtype of activations where no unquantized matrix of the model shows it.
+        replaced: While merged, what each quantized layer was.
+        hidden_flags: While merged, what made transformers take a module for a quantized one.
     """
 
     config: LoRAConfig
@@ -46,14 +71,26 @@ class Injection:
     base_weights: dict[str, tuple[nn.Parameter, Tensor]] = field(default_factory=dict)
     merged: bool = False
     fingerprint: str | None = None
+    quantization: dict[str, Any] | None = None
+    repacked: tuple[str, ...] = ()
+    merge_base: str = "dequantized"
+    merge_dtype: torch.dtype | None = None
+    replaced: dict[str, Replaced] = field(default_factory=dict)
+    hidden_flags: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
 
 
 def inject_lora(
-    model: nn.Module, config: LoRAConfig | None = None, *, seed: int | None = None, **settings: Any
+    model: nn.Module,
+    config: LoRAConfig | None = None,
+    *,
+    seed: int | None = None,
+    initialize: bool = True,
+    **settings: Any,
 ) -> Plan:
     """Adapt a model in place and freeze the rest.
 
-    Right after it the model's output is bitwise what it was (B is zero). Injecting the same
+    Right after it the model's output is bitwise what it was (B is zero, unless ``init="loftq"`` has
+    it correct what quantization took away). Injecting the same
     settings again does nothing.
 
     Args:
@@ -61,6 +98,8 @@ def inject_lora(
         config: The settings; or give them as keywords (``r=8, target_modules=["fc1"]``).
         seed: Seed of the factors' initial values; drawn from torch's global generator by default,
             and so reproducible under `lightning.seed_everything`.
+        initialize: Whether ``init="loftq"`` reads the base model's files now; not where an adapter
+            is loaded next.
         **settings: Fields of `LoRAConfig`.
 
     Returns:
@@ -98,6 +137,13 @@ def inject_lora(
     if seed is None:
         seed = int(torch.randint(2**62, (1,), device="cpu"))
     factors = _build_factors(model, plan, config, seed)
+    repacked = keep_trainable(model)
+    if config.init == "loftq" and initialize:
+        try:
+            initialize_from_error(model, plan, factors)
+        except ConfigError:
+            allow_repacking(model, repacked)
+            raise
     record = Injection(
         config=config,
         plan=plan,
@@ -116,6 +162,7 @@ def inject_lora(
             # The units are fixed by now, and the factors belong to none of them.
             shard_alike(module.lora, weight)
     record.nested_tensors = _leave_fast_paths(model)
+    record.repacked = repacked
     setattr(unwrap(model), ATTRIBUTE, record)
     freeze(model, plan)
     return plan
@@ -140,18 +187,6 @@ def require_injection(model: nn.Module) -> Injection:
             "on a part of it or on a module around it)."
         )
     return record
-
-
-def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that a state dict holds, by name."""
-    return {
-        f"{name}.{key}" if name else key: buffer
-        for name, module in modules_by_name(model).items()
-        for key, buffer in module._buffers.items()
-        if buffer is not None
-        and key not in module._non_persistent_buffers_set
-        and not buffer.is_meta
-    }
 
 
 def swap_class(module: nn.Module) -> None:

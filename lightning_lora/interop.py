@@ -127,7 +127,7 @@ def swap_adapter(model: nn.Module, path: str | Path) -> Plan:
         return _load(model, adapter, str(path), strict_base=True)
     except CheckpointError:
         if injection_of(model) is None:
-            inject_lora(model, old_config)
+            inject_lora(model, old_config, initialize=False)
             load_adapter_state_dict(model, old_state)
         raise
     finally:
@@ -138,7 +138,7 @@ def swap_adapter(model: nn.Module, path: str | Path) -> Plan:
 def _load(model: nn.Module, adapter: _Adapter, source: str, strict_base: bool) -> Plan:
     config, state, metadata = adapter
     record = injection_of(model)
-    plan = inject_lora(model, config)
+    plan = inject_lora(model, config, initialize=False)
     was_merged = record is not None and record.merged
     unmerge_lora(model)
     try:
@@ -162,7 +162,12 @@ def _read(path: Path, model: nn.Module) -> _Adapter:
     prefix = _common_prefix(list(metadata["targets"]), model, path)
     state = {name.removeprefix(prefix): tensor for name, tensor in checkpoint["state_dict"].items()}
     targets = {name.removeprefix(prefix): target for name, target in metadata["targets"].items()}
-    return LoRAConfig.from_dict(metadata["config"]), state, {**metadata, "targets": targets}
+    base = dict(metadata["base"])
+    if base.get("quantization"):
+        layers = [name.removeprefix(prefix) for name in base["quantization"]["layers"]]
+        base["quantization"] = {**base["quantization"], "layers": layers}
+    settings = LoRAConfig.from_dict(metadata["config"])
+    return settings, state, {**metadata, "targets": targets, "base": base}
 
 
 def _read_peft(path: Path) -> _Adapter:

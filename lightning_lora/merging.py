@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,19 @@ from lightning_lora.injection import Injection, require_injection, restore_class
 from lightning_lora.layers import LoRALayer
 from lightning_lora.names import modules_by_name, unwrap
 from lightning_lora.plan import Target
+from lightning_lora.quantization import quantized_layers
+from lightning_lora.quantized_merging import (
+    MergeReport,
+    merge_quantized,
+    merging_into,
+    unmerge_quantized,
+)
 from lightning_lora.sharded import is_sharded, local, part_of, reshard, whole, whole_factors
+from lightning_lora.state import checkpoint_metadata
 
 
 @torch.no_grad()
-def merge_lora(model: nn.Module) -> None:
+def merge_lora(model: nn.Module, base: str | None = None) -> MergeReport:
     """Merge in place, ``W = W0 + s B A``, layer by layer; adapted layers become plain layers again.
 
     The exact base weights are kept (on the CPU for weights on an accelerator), so `unmerge_lora`
@@ -26,18 +35,35 @@ def merge_lora(model: nn.Module) -> None:
     sharded model is merged on its shards, by all ranks together; a rank holds the update of one
     layer whole.
 
+    A quantized base (bitsandbytes) becomes an ordinary one while it is merged: all its quantized
+    layers are plain layers then, in the dtype of the rest of the model.
+
     Args:
         model: The module that LoRA was injected into.
+        base: What a quantized base is replaced by: ``"dequantized"`` weights (the default), the
+            ``"original"`` ones, read layer by layer from the safetensors files of a Hugging Face
+            model, or ``"requantized"``, which stays packed and rounds the update.
+
+    Returns:
+        What merging into a quantized base costs; it prints as a table.
 
     Raises:
-        ConfigError: The model has no LoRA, a factor is not finite, or a sharded weight is tied to
-            another module's.
+        ConfigError: The model has no LoRA, a factor is not finite, a sharded weight is tied to
+            another module's, or the original weights cannot be read.
     """
     record = require_injection(model)
     if record.merged:
-        return
+        return MergeReport(base or record.merge_base)
     reshard(model)
     _refuse_non_finite(model, record)
+    with merging_into(model, base or record.merge_base) as read:
+        return _merge(model, record, base or record.merge_base, read)
+
+
+def _merge(model: nn.Module, record: Injection, base: str, read: Any) -> MergeReport:
+    quantized = quantized_layers(model)
+    if quantized:
+        checkpoint_metadata(model)  # which is not to be had while merged
     modules = modules_by_name(model)
     if any(is_sharded(weight) for _, _, weight in _adapted(modules, record)):
         refuse_ties(model)
@@ -45,17 +71,18 @@ def merge_lora(model: nn.Module) -> None:
     for target in record.plan.targets:
         module = modules[target.name]
         assert isinstance(module, LoRALayer)
-        if target.tied_to is None:
+        if target.tied_to is None and target.name not in quantized:
             _merge_layer(module, target, record, shared)
     # In a second pass: layers that share factors are merged through the first of them.
     for target in record.plan.targets:
         module = modules[target.name]
-        if target.tied_to is not None:
+        if target.tied_to is not None and target.name not in quantized:
             for leaf in target.weights:
                 module._parameters[leaf] = modules[target.tied_to]._parameters[leaf]
         unwrap(module.lora).hidden = True  # type: ignore[assignment, arg-type]
         restore_class(module)
     record.merged = True
+    return merge_quantized(model, record, base, read)
 
 
 @torch.no_grad()
@@ -74,9 +101,11 @@ def unmerge_lora(model: nn.Module) -> None:
         return
     reshard(model)
     modules = modules_by_name(model)
+    quantized = set(record.replaced)
+    unmerge_quantized(model, record)
     for target in record.plan.targets:
         module = modules[target.name]
-        for leaf in target.weights:
+        for leaf in target.weights if target.name not in quantized else ():
             parameter, before = record.base_weights[f"{target.tied_to or target.name}.{leaf}"]
             merged = module._parameters[leaf]
             assert merged is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 # torch.compile, activation checkpointing and FSDP1 each put a level of their own into names.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -92,3 +92,15 @@ def unwrap(module: nn.Module) -> nn.Module:
     ):
         module = inner
     return module
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that a state dict holds, by name."""
+    return {
+        f"{name}.{key}" if name else key: buffer
+        for name, module in modules_by_name(model).items()
+        for key, buffer in module._buffers.items()
+        if buffer is not None
+        and key not in module._non_persistent_buffers_set
+        and not buffer.is_meta
+    }

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.injection import persistent_buffers
 from lightning_lora.layers import LoRAFactors
-from lightning_lora.names import clean_name, listed
+from lightning_lora.names import clean_name, listed, persistent_buffers
 from lightning_lora.sharded import extent, is_sharded, local, shard_from, write
 
 _ATTRIBUTE = "_lightning_lora_stored"
@@ -98,6 +97,84 @@ def missing_parameters(model: nn.Module) -> list[str]:
         for name, parameter in model.named_parameters()
         if parameter.is_meta and clean_name(name) not in stored.places
     )
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The weights of a model as its files hold them, each read when it is asked for.
+
+    Args:
+        places: File and key for each parameter's name.
+        files: Keeps the files open.
+    """
+
+    def __init__(self, places: Mapping[str, tuple[Path, str]], files: ExitStack) -> None:
+        self._places, self._files = places, files
+        self._opened: dict[Path, Any] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        file, key = self._places[name]
+        if file not in self._opened:
+            self._opened[file] = self._files.enter_context(_open(file))
+        tensor: Tensor = self._opened[file].get_tensor(key)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+@contextmanager
+def stored_weights(model: nn.Module) -> Iterator[StoredTensors]:
+    """The weights that the Hugging Face models inside a module were loaded from.
+
+    Args:
+        model: Its models may have been quantized on loading.
+
+    Raises:
+        ConfigError: There is no such model, its files are not to be had, or they are quantized
+            themselves.
+    """
+    places: dict[str, tuple[Path, str]] = {}
+    outer = [(n, m) for n, m in model.named_modules() if hasattr(m, "_from_config")]
+    outer = [
+        (n, m)
+        for n, m in outer
+        if not any(n.startswith(f"{o}.") or (not o and n) for o, _ in outer)
+    ]
+    for prefix, part in outer:
+        for name, place in _places_of_loaded(part).items():
+            places[clean_name(f"{prefix}.{name}" if prefix else name)] = place
+    if not places:
+        raise ConfigError(
+            "The original weights are needed, and there is no Hugging Face model that was loaded "
+            "from safetensors files. Use merge_base='dequantized', or another init."
+        )
+    with ExitStack() as files:
+        yield StoredTensors(places, files)
+
+
+def _places_of_loaded(model: Any) -> dict[str, tuple[Path, str]]:
+    config = copy.deepcopy(model.config)
+    name = config._name_or_path
+    try:
+        folder = _folder(name)
+        written = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"The original weights are needed, and the files of the base model {name!r} cannot be "
+            f"read ({error}). Put them in their place, or use merge_base='dequantized'."
+        ) from error
+    if "quantization_config" in written:
+        raise ConfigError(
+            f"The original weights are needed, and the files of {name!r} hold quantized ones. "
+            "Use merge_base='dequantized', or another init."
+        )
+    config.__dict__.pop("quantization_config", None)
+    with _parameters_on_meta():
+        skeleton = type(model)._from_config(config)
+    return _places(skeleton, name)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from lightning_lora.freezing import release, remove_hook
 from lightning_lora.injection import ATTRIBUTE, no_fast_path, require_injection, restore_class
 from lightning_lora.merging import unmerge_lora
 from lightning_lora.names import modules_by_name, unwrap
+from lightning_lora.quantization import allow_repacking
 
 
 def remove_lora(model: nn.Module) -> None:
@@ -32,5 +33,6 @@ def remove_lora(model: nn.Module) -> None:
             remove_hook(module, no_fast_path)
     for name in record.nested_tensors:
         modules[name].use_nested_tensor = True  # type: ignore[assignment]
+    allow_repacking(model, record.repacked)
     release(model, record.requires_grad)
     delattr(unwrap(model), ATTRIBUTE)

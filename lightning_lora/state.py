@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import CheckpointError, ConfigError
-from lightning_lora.fingerprint import fingerprint
+from lightning_lora.fingerprint import Packed, fingerprint
 from lightning_lora.injection import Injection, persistent_buffers, require_injection
 from lightning_lora.names import clean_name, listed, modules_by_name
 from lightning_lora.plan import Target
+from lightning_lora.quantization import is_pending, quantization_of, quantized_layers, scales
 from lightning_lora.sharded import reshard, write
 
 FORMAT_VERSION = 1
@@ -128,8 +130,36 @@ def base_fingerprint(model: nn.Module) -> str:
     """
     record = require_injection(model)
     if record.fingerprint is None:
-        record.fingerprint = fingerprint(frozen_parameters(model))
+        record.fingerprint = fingerprint(_fingerprinted(model))
     return record.fingerprint
+
+
+def _fingerprinted(model: nn.Module, without: Iterable[str] = ()) -> Iterator[Tensor | Packed]:
+    """The frozen base, packed weights with their scales; without the weights of some layers."""
+    modules = modules_by_name(model)
+    left_out = {id(modules[name].weight) for name in without if name in modules}
+    packed = {id(layer.weight): layer for layer in quantized_layers(model).values()}
+    for parameter in frozen_parameters(model):
+        layer = packed.get(id(parameter))
+        if id(parameter) in left_out:
+            continue
+        if layer is None or is_pending(layer):
+            yield parameter
+        else:
+            yield Packed(parameter)
+            yield from scales(layer)
+
+
+def _quantization(model: nn.Module, record: Injection) -> dict[str, Any] | None:
+    """How the base is quantized, and a fingerprint of the rest of it, which other forms share."""
+    if record.quantization is None and (found := quantization_of(model)) is not None:
+        kind, layers = found
+        record.quantization = {
+            "kind": kind,
+            "layers": list(layers),
+            "rest": fingerprint(_fingerprinted(model, without=layers)),
+        }
+    return record.quantization
 
 
 def checkpoint_metadata(model: nn.Module) -> dict[str, Any]:
@@ -143,6 +173,7 @@ def checkpoint_metadata(model: nn.Module) -> dict[str, Any]:
             "fingerprint": base_fingerprint(model),
             "name_or_path": _name_or_path(model),
             "parameters": record.plan.base_parameters,
+            "quantization": _quantization(model, record),
         },
     }
 
@@ -186,12 +217,36 @@ def audit_metadata(
             + "\n  ".join(differences)
             + "\n  Set them as they were in the checkpoint, or start a new run without it."
         )
-    if not same_base:
+    if not same_base and not _another_form(model, theirs, ours, source):
         raise CheckpointError(
             f"{source} was trained on another base model; nothing was loaded.\n  checkpoint: "
             f"{_base(theirs)}\n  model:      {_base(ours)}\n  Give the model the base weights "
             "that the adapter was trained on."
         )
+
+
+def _another_form(
+    model: nn.Module, theirs: Mapping[str, Any], ours: Mapping[str, Any], source: str
+) -> bool:
+    """Whether a base is, as far as can be told, the same one quantized in another way or not at
+    all; said in one line.
+    """
+    saved, here = theirs.get("quantization"), ours["quantization"]
+    forms = [f"in {q['kind']}" if q else "without quantization" for q in (saved, here)]
+    if forms[0] == forms[1] or theirs["parameters"] != ours["parameters"]:
+        return False
+    checked = "whether the base is the same could not be checked"
+    if saved is not None and (here is None or here["layers"] == saved["layers"]):
+        rest = here["rest"] if here else fingerprint(_fingerprinted(model, saved["layers"]))
+        if rest != saved["rest"]:
+            return False
+        checked = "what is not quantized in it is the same"
+    warnings.warn(
+        f"{source} was trained on the base {forms[0]}, and the model's base is {forms[1]}: outputs "
+        f"differ by the error of the quantization ({checked}).",
+        stacklevel=3,
+    )
+    return True
 
 
 def _config_differences(metadata: Mapping[str, Any], here: Mapping[str, Any]) -> Iterable[str]:
@@ -235,7 +290,12 @@ def trained_shapes(record: Injection) -> dict[str, tuple[int, ...]]:
 def _trained(model: nn.Module, record: Injection) -> dict[str, nn.Parameter]:
     names = trained_shapes(record)
     cleaned = ((clean_name(name), parameter) for name, parameter in model.named_parameters())
-    return {name: parameter for name, parameter in cleaned if name in names}
+    found = {name: parameter for name, parameter in cleaned if name in names}
+    for name, layer in record.replaced.items():
+        # A merge may have put a copy in another dtype in the place of a bias that trains.
+        if layer.bias is not None and f"{name}.bias" in found:
+            found[f"{name}.bias"] = layer.bias
+    return found
 
 
 def frozen_parameters(model: nn.Module) -> Iterator[Tensor]:
@@ -276,6 +336,8 @@ def _name_or_path(model: nn.Module) -> str:
 
 
 def _base(base: Mapping[str, Any]) -> str:
-    fingerprint = str(base["fingerprint"])
+    digest = str(base["fingerprint"])
     size = f"{base['parameters']:,} parameters"
-    return f"{base['name_or_path']} ({size}, fingerprint {fingerprint[:12]})"
+    if base.get("quantization"):
+        size += f", {base['quantization']['kind']}"
+    return f"{base['name_or_path']} ({size}, fingerprint {digest[:12]})"

@@ -29,6 +29,7 @@ from lightning_lora.obstacles import (
     refuse_lazy,
 )
 from lightning_lora.plan import Plan, Target
+from lightning_lora.quantization import count_parameters, quantized_layers
 from lightning_lora.slices import Slices
 from lightning_lora.trained import saved_modules, trained_parameters
 
@@ -52,6 +53,7 @@ def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
     obstacles = find_obstacles(modules, config.dropout)
     slices = _slices(modules, config, saved, obstacles)
     names, matches, skipped = _target_names(modules, config, saved, obstacles, slices)
+    _refuse_quantized(model, saved)
     targets = tuple(_targets(modules, names, config, slices))
     matches += _key_counts("rank_pattern", config.rank_pattern, names)
     matches += _key_counts("alpha_pattern", config.alpha_pattern, names)
@@ -61,7 +63,7 @@ def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
         saved_modules=saved,
         matches=tuple(matches),
         skipped=tuple(skipped),
-        base_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        base_parameters=count_parameters(model),
     )
 
 
@@ -210,6 +212,16 @@ def _without_excluded(
 def _excluded(name: str, config: LoRAConfig) -> bool:
     excluded = config.exclude_modules
     return excluded is not None and bool(pattern_matches(excluded, name))
+
+
+def _refuse_quantized(model: nn.Module, saved: tuple[str, ...]) -> None:
+    for name in quantized_layers(model):
+        if inside(name, saved):
+            raise TargetError(
+                f"modules_to_save: {name!r} is quantized, and a quantized weight cannot train. "
+                "Load the model with it left out of the quantization (llm_int8_skip_modules of a "
+                "BitsAndBytesConfig, ignore_modules of BitsandbytesPrecision), or adapt it."
+            )
 
 
 def _slices(

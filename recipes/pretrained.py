@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_lora.errors import ConfigError, DataError, LightningLoRAError
 from lightning_lora.pretrained import NotPlainlyStoredError, missing_parameters, pretrained_on_meta
 from lightning_lora.recipes.files import BUNDLED, nearest, resolve_path
+from lightning_lora.recipes.quantization import Quantization, quantization_config
 
 # RoBERTa's relatives number positions from the padding index on and so take fewer tokens than
 # their table of positions has rows.
@@ -53,7 +54,13 @@ def resolve_model(name_or_path: str) -> str:
     return name_or_path
 
 
-def load_model(auto_class: str, name_or_path: str, later: bool = False, **options: Any) -> Any:
+def load_model(
+    auto_class: str,
+    name_or_path: str,
+    later: bool = False,
+    quantization: Quantization | None = None,
+    **options: Any,
+) -> Any:
     """Load a model with its task's head, in training mode, and say which weights are new.
 
     Args:
@@ -62,6 +69,7 @@ def load_model(auto_class: str, name_or_path: str, later: bool = False, **option
         name_or_path: As in `resolve_model`.
         later: Leave the weights on disk for `lightning_lora.FSDP2Strategy`, of which each process
             reads its own part; a model that cannot be loaded so is loaded at once.
+        quantization: How the linear layers are quantized on loading, if at all.
         **options: Passed on to `from_pretrained`.
 
     Raises:
@@ -85,6 +93,15 @@ def load_model(auto_class: str, name_or_path: str, later: bool = False, **option
                 return model
             except NotPlainlyStoredError as reason:
                 rank_zero_info(f"{reason} So every process loads the whole model.")
+        if quantization is not None:
+            shaping = {
+                key: value
+                for key, value in options.items()
+                if key not in ("dtype", "device_map", "attn_implementation")
+            }
+            options["quantization_config"] = quantization_config(
+                auto_class, source, quantization, **shaping
+            )
         model, report = getattr(transformers, auto_class).from_pretrained(
             source, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
@@ -231,6 +248,8 @@ def _readable_errors(name: str) -> Iterator[None]:
         yield
     except LightningLoRAError:
         raise
+    except ImportError as error:
+        raise ConfigError(f"{name} cannot be loaded: {error}") from error
     except (OSError, ValueError, KeyError) as error:
         if Path(name).expanduser().is_dir() or name.startswith(BUNDLED):
             advice = "Check that the folder holds a complete model with this kind of head."

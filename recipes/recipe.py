@@ -11,6 +11,13 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning_lora import FSDP2Strategy
 from lightning_lora.recipes.optimization import build_optimizer, warmup_schedule
 from lightning_lora.recipes.pretrained import dtype_of, load_tokenizer
+from lightning_lora.recipes.quantization import (
+    Quantization,
+    QuantizationOptions,
+    keep_trained_in_float32,
+    lora_settings,
+    precision_dtype,
+)
 
 
 class RecipeModule(LightningModule):
@@ -33,7 +40,12 @@ class RecipeModule(LightningModule):
         gradient_checkpointing: Whether activations are computed again in the backward pass, which
             saves memory and costs time.
         dtype: What the model is loaded in: `float32`, `bfloat16`, `float16`, or `auto` for what
-            its weights are stored in.
+            its weights are stored in; by default `float32`, and of a quantized base the dtype of
+            the Trainer's precision.
+        quantization: Keeps the base's linear layers in `nf4`, `fp4` (4 bits) or `int8` (QLoRA).
+            The head, the embeddings and what else trains whole stay as they are.
+        quantization_options: Finer settings, by name: `double`, `compute_dtype`, `skip_modules`
+            and `threshold` (`QuantizationOptions`).
         trust_remote_code: Whether code from the hub may run.
     """
 
@@ -51,7 +63,9 @@ class RecipeModule(LightningModule):
         warmup: float | str = 0.06,
         lora_plus_ratio: float | None = None,
         gradient_checkpointing: bool = False,
-        dtype: str = "float32",
+        dtype: str | None = None,
+        quantization: str | None = None,
+        quantization_options: dict[str, Any] | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
@@ -62,7 +76,8 @@ class RecipeModule(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.model: Any = None
         self.tokenizer: Any = None
-        dtype_of(dtype)
+        dtype_of(dtype or "float32")
+        QuantizationOptions.read(quantization, quantization_options)
 
     @property
     def datamodule(self) -> Any:
@@ -84,6 +99,8 @@ class RecipeModule(LightningModule):
         if self.model is not None:
             return
         self.model = self.build_model()
+        if self.hparams["quantization"] is not None and str(self._precision).endswith("mixed"):
+            keep_trained_in_float32(self.model, lora_settings(self._trainer))
         if self.tokenizer is not None:
             self.model.config.pad_token_id = self.tokenizer.pad_token_id
         if self.hparams["gradient_checkpointing"]:
@@ -93,13 +110,43 @@ class RecipeModule(LightningModule):
         """Return the pretrained model with the task's head; subclasses implement it."""
         raise NotImplementedError(f"{type(self).__name__} does not say which model it adapts.")
 
+    @property
+    def _precision(self) -> str | None:
+        return None if self._trainer is None else str(self._trainer.precision)
+
     def load_options(self) -> dict[str, Any]:
         """Return what every recipe passes on to `load_model`."""
-        strategy = None if self._trainer is None else self._trainer.strategy
-        return {
+        strategy: Any = None if self._trainer is None else self._trainer.strategy
+        settings = self.hparams
+        options = {
             "later": isinstance(strategy, FSDP2Strategy),
-            "dtype": dtype_of(self.hparams["dtype"]),
-            "trust_remote_code": self.hparams["trust_remote_code"],
+            "dtype": dtype_of(settings["dtype"] or "float32"),
+            "trust_remote_code": settings["trust_remote_code"],
+        }
+        if settings["quantization"] is None:
+            return options
+        if settings["dtype"] is None:
+            # Kept, because packed weights depend on what they were packed from.
+            computed = precision_dtype(self._precision)
+            settings["dtype"] = str(computed).removeprefix("torch.")
+        loaded = dtype_of(settings["dtype"])
+        if self._trainer is not None:
+            computed = precision_dtype(self._precision)
+        else:
+            computed = loaded if isinstance(loaded, torch.dtype) else torch.float32
+        return {
+            **options,
+            "later": False,
+            "dtype": loaded,
+            "quantization": Quantization(
+                settings["quantization"],
+                QuantizationOptions.read(
+                    settings["quantization"], settings["quantization_options"]
+                ),
+                computed,
+                lora_settings(self._trainer),
+            ),
+            "device_map": {"": "cpu" if strategy is None else strategy.root_device},
         }
 
     def log_training(self, loss: torch.Tensor, count: int) -> None:

@@ -79,6 +79,8 @@ _ON_DEMAND = {
         "transformers.models.falcon.modeling_falcon",
         "FalconLinear",
     ): "lightning_lora.layers.falcon",
+    ("bitsandbytes.nn.modules", "Linear4bit"): "lightning_lora.layers.quantized",
+    ("bitsandbytes.nn.modules", "Linear8bitLt"): "lightning_lora.layers.quantized",
 }
 _REGISTRY: dict[type[nn.Module], type[LoRALayer]] = {}
 _FAMILIES: dict[str, tuple[Callable[[type[nn.Module]], bool], type[LoRALayer]]] = {}

@@ -37,6 +37,8 @@ from lightning_lora.injection import (
 from lightning_lora.layers import LoRAFactors, LoRALayer
 from lightning_lora.merging import factors_are_finite
 from lightning_lora.names import clean_name, modules_by_name, unwrap
+from lightning_lora.quantization import quantized_layers
+from lightning_lora.quantized_merging import MergeReport
 from lightning_lora.state import adapter_state_dict, audit_state, trained_shapes
 from lightning_lora.strategies.sharding import Sharded
 from lightning_lora.strategies.wrapping import find_units
@@ -69,6 +71,11 @@ class FlatSharded(Sharded):
             )
         if not self.strategy.kwargs.get("use_orig_params", True):
             raise ConfigError("LoRA needs FSDPStrategy(use_orig_params=True), the default.")
+        if quantized_layers(model):
+            raise ConfigError(
+                "strategy='fsdp' cannot shard a quantized base: its flat parameters take one dtype "
+                "each. Use one device, or strategy='ddp'."
+            )
         self.agree(model)
         kwargs = self.strategy.kwargs
         kwargs["auto_wrap_policy"] = _with_factors(kwargs.get("auto_wrap_policy"), model)
@@ -148,10 +155,10 @@ class FlatSharded(Sharded):
 
     @override
     @torch.no_grad()
-    def merge(self, model: nn.Module) -> None:
+    def merge(self, model: nn.Module) -> MergeReport:
         record = require_injection(model)
         if record.merged:
-            return
+            return MergeReport(record.merge_base)
         modules = modules_by_name(model)
         factors = self.state(model)
         factors_are_finite(record, factors)
@@ -174,6 +181,7 @@ class FlatSharded(Sharded):
             unwrap(modules[target.name].lora).hidden = True  # type: ignore[arg-type, assignment]
             restore_class(modules[target.name])
         record.merged = True
+        return MergeReport(record.merge_base)
 
     @override
     @torch.no_grad()

@@ -32,6 +32,7 @@ from typing_extensions import override
 from lightning_lora.errors import ConfigError
 from lightning_lora.layers import LoRAFactors
 from lightning_lora.pretrained import fill_parameters
+from lightning_lora.quantization import store_as
 from lightning_lora.strategies.activations import checkpoint_activations
 from lightning_lora.strategies.wrapping import Policy, find_units
 
@@ -205,7 +206,9 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def _shard(self, model: nn.Module) -> None:
         units = find_units(model, self.auto_wrap_policy)
+        store_as(model, torch.uint8)  # which no conversion touches
         compute_dtype = self._convert(model)
+        store_as(model, compute_dtype or torch.float32)
         if self.activation_checkpointing:
             checkpoint_activations(model, units.values())
         settings: dict[str, Any] = {

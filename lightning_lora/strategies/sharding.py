@@ -15,9 +15,12 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.directories import is_directory, read_directory, save_directory
+from lightning_lora.errors import ConfigError
 from lightning_lora.merging import merge_lora, refuse_ties, unmerge_lora
 from lightning_lora.names import clean_name
 from lightning_lora.pretrained import fill_parameters
+from lightning_lora.quantization import quantized_layers
+from lightning_lora.quantized_merging import MergeReport
 from lightning_lora.sharded import (
     all_wholes,
     is_sharded,
@@ -83,9 +86,9 @@ class Replicated:
     def check_merge(self, model: nn.Module) -> None:
         """Refuse, before the fit, what could not be merged after it."""
 
-    def merge(self, model: nn.Module) -> None:
+    def merge(self, model: nn.Module) -> MergeReport:
         """Merge the factors into the base; a collective call."""
-        merge_lora(model)
+        return merge_lora(model)
 
     def unmerge(self, model: nn.Module) -> None:
         """Restore the exact base; a collective call."""
@@ -127,6 +130,12 @@ class Sharded(Replicated):
     @override
     def check_merge(self, model: nn.Module) -> None:
         refuse_ties(model)
+        if quantized_layers(model):
+            raise ConfigError(
+                "A quantized base that is sharded is not merged in place: its layers have no room "
+                "for the merged weights. Set merge_on_fit_end=False, and merge the checkpoint in "
+                "one process with load_lightning_module."
+            )
 
     def agree(self, model: nn.Module) -> None:
         """Make the base the same in all processes before it is sharded, as DDP does."""

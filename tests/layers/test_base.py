@@ -68,7 +68,12 @@ def test_classes_that_can_be_adapted() -> None:
     assert adapted_class(Doubling) is None
     assert adapted_class(nn.ReLU) is None
     assert adapted_class(LoRALinear) is None
-    known = {"torch.nn.modules.linear.Linear", "transformers.pytorch_utils.Conv1D"}
+    known = {
+        "torch.nn.modules.linear.Linear",
+        "transformers.pytorch_utils.Conv1D",
+        "bitsandbytes.nn.modules.Linear4bit",
+        "bitsandbytes.nn.modules.Linear8bitLt",
+    }
     assert known <= set(supported_layers())
 
 

@@ -1,0 +1,148 @@
+"""A 4-bit base under FSDP2, on two processes, against one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from lightning_lora import LoRACallback
+from lightning_lora.errors import ConfigError
+from lightning_lora.quantization import store_as
+from tests.quantized import any_bits, quantized_mlp
+from tests.strategies.quantized import Packed
+from tests.strategies.scenarios import SAVE_AT, STEPS, Scenario
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    root = tmp_path_factory.mktemp("quantized")
+    for processes, names in (
+        (1, ["one"]),
+        (2, ["two", "two-from-one", "two-bf16-true"]),
+        (1, ["one-from-two"]),
+    ):
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        done = subprocess.run(
+            [
+                sys.executable,
+                *(launcher if processes > 1 else []),
+                *("-m", "tests.strategies.quantized"),
+                json.dumps([str(root), names]),
+            ],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+    found = {path.parent.name: json.loads(path.read_text()) for path in root.glob("*/result.json")}
+    return {"root": root, **found}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["two", "two-from-one", "one-from-two"])
+def test_same_numbers_and_resume_either_way(results: dict[str, Any], name: str) -> None:
+    expected, found = results["one"], results[name]
+    count = len(found["losses"])
+    assert count == (STEPS - SAVE_AT if "from" in name else STEPS)
+    assert found["losses"] == pytest.approx(expected["losses"][-count:], abs=2e-6)
+    assert found["losses"][-1] != found["losses"][0]
+    assert found["fingerprint"] == expected["fingerprint"]
+    # Packed weights, their biases and the factors are shards; the root stays gathered at last.
+    assert found["sharded"] == (0 if name.startswith("one") else 4 + 4 + 2 * 4)
+
+
+@pytest.mark.slow
+def test_packed_weights_take_the_dtype_that_units_are_gathered_in(results: dict[str, Any]) -> None:
+    assert results["two-bf16-true"]["dtypes"] == ["torch.bfloat16"]
+    assert results["two"]["dtypes"] == ["torch.float32"]
+    assert results["two-bf16-true"]["losses"] == pytest.approx(results["one"]["losses"], abs=0.05)
+
+
+@pytest.mark.slow
+def test_files_hold_the_adapter_alone(results: dict[str, Any]) -> None:
+    one, two = (
+        torch.load(results["root"] / name / f"step={SAVE_AT}.ckpt", weights_only=True)
+        for name in ("one", "two")
+    )
+    assert list(one["state_dict"]) == list(two["state_dict"])
+    assert all(".lora." in name for name in two["state_dict"])
+    for key in ("fingerprint", "parameters", "quantization"):
+        assert two["lightning_lora"]["base"][key] == one["lightning_lora"]["base"][key]
+
+
+def test_storage_is_a_matter_of_view() -> None:
+    model = quantized_mlp("nf4")
+    x, packed = torch.randn(3, 64), any_bits(model.fc1.weight)
+    before = model(x)
+    store_as(model, torch.float32)
+    assert model.fc1.weight.dtype == torch.float32
+    assert torch.equal(any_bits(model.fc1.weight), packed)
+    assert torch.equal(model(x), before)
+    store_as(model, torch.uint8)
+    assert torch.equal(model(x), before)
+    with pytest.raises(ConfigError, match="int8"):
+        store_as(quantized_mlp("int8"), torch.float32)
+
+
+def test_a_merge_that_cannot_be_is_refused_before_the_fit(tmp_path: Path) -> None:
+    lora = LoRACallback(r=4, alpha=12, target_modules=["up"], verbose=False)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        strategy="fsdp2",
+        callbacks=[lora],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        max_steps=1,
+        default_root_dir=tmp_path,
+    )
+    try:
+        with pytest.raises(ConfigError, match="merge_on_fit_end=False"):
+            trainer.fit(Packed(Scenario("x")))
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def test_an_8_bit_optimizer_on_shards(tmp_path: Path) -> None:
+    import bitsandbytes
+
+    class Eight(Packed):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            trained = [p for p in self.parameters() if p.requires_grad]
+            return bitsandbytes.optim.AdamW8bit(trained, lr=0.01)
+
+    lora = LoRACallback(r=4, alpha=12, target_modules=["up"], verbose=False, merge_on_fit_end=False)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        strategy="fsdp2",
+        callbacks=[lora],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        max_steps=1,
+        default_root_dir=tmp_path,
+    )
+    try:
+        with pytest.raises(ConfigError, match=r"AdamW8bit .* parameters that are shards"):
+            trainer.fit(Eight(Scenario("x")))
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

@@ -102,12 +102,11 @@ class LoRACallback(Callback):
     Example:
         >>> from lightning.pytorch import Trainer
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
-        >>> options = dict(max_steps=2, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False)
+        >>> options = dict(accelerator="cpu", max_steps=2, logger=False)
+        >>> quiet = dict(enable_progress_bar=False, enable_model_summary=False)
         >>> lora = LoRACallback(r=2, alpha=4, verbose=False)
-        >>> model = BoringModel()
-        >>> Trainer(**options, enable_model_summary=False, accelerator="cpu",
-        callbacks=[lora]).fit(model)
+        >>> trainer = Trainer(callbacks=[lora], enable_checkpointing=False, **options, **quiet)
+        >>> trainer.fit(BoringModel())
         >>> lora.plan.trainable_parameters  # BoringModel is one Linear(32, 2)
         68
     """

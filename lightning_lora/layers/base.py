@@ -132,7 +132,7 @@ def register_layer(adapted: type[LoRALayer]) -> type[LoRALayer]:
         >>> with torch.no_grad():
         ...     _ = nn.init.ones_(model[0].lora.B)
         ...     adapted = model(torch.ones(1, 4))
-        >>> merge_lora(model)
+        >>> _ = merge_lora(model)
         >>> type(model[0]).__name__, torch.allclose(model(torch.ones(1, 4)), adapted, atol=1e-5)
         ('Transposed', True)
     """

@@ -29,17 +29,18 @@ WORDS = {
 FILLERS = ["the", "film", "was", "a", "really", "plot"]
 
 
+# What Lightning leaves in the environment, and subprocesses would take for theirs.
+_LEFT_BEHIND = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
 @pytest.fixture(autouse=True)
 def _no_process_group() -> Iterator[None]:
     """Leave no process group behind, nor the variables that would make others join it."""
-    before = dict(os.environ)
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-        for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
-            os.environ.pop(name, None)
-            if name in before:
-                os.environ[name] = before[name]
+    for name in _LEFT_BEHIND:
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ from lightning_lora.checks import (
 )
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError
-from lightning_lora.export import export_model
+from lightning_lora.export import announce_export, export_model
 from lightning_lora.freezing import cast_frozen, check_dtype, freeze
 from lightning_lora.injection import inject_lora, injection_of, require_injection
 from lightning_lora.plan import Plan
@@ -193,6 +193,9 @@ class LoRACallback(Callback):
         check_optimizers(trainer, pl_module)
         if self.merge_from == "best":
             check_best_checkpoint(trainer)
+        if self.export_dir is not None:
+            assert self._sharding is not None
+            announce_export(pl_module, self._sharding)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
@@ -62,6 +62,22 @@ def export_model(
         with _taking_all(tensors), replacing_directory(merged) as fresh:
             _write(module, part, tensors, fresh, trainer)
     return exported
+
+
+def announce_export(module: LightningModule, sharding: Replicated) -> None:
+    """Say before a fit what its export will need, where that is more than a layer at a time."""
+    part = _hugging_face_part(module)
+    if part is None or not sharding.is_sharded:
+        return
+    model: Any = modules_by_name(module)[part]
+    if _is_stored_otherwise(model):
+        size = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
+        rank_zero_info(
+            f"export_dir: the files of {type(model).__name__} join or split its parameters, so "
+            "rank 0 will gather the whole merged model in its CPU memory when the fit ends: "
+            f"{size:.1f} GB. Leave export_dir out if that does not fit, and merge a checkpoint "
+            "elsewhere."
+        )
 
 
 def _write(

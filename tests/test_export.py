@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel, LlamaConfig
 from transformers import LlamaForCausalLM as Llama
 
-from lightning_lora import load_adapter
+from lightning_lora import inject_lora, load_adapter
+from lightning_lora.export import announce_export
+from tests.models import hugging_face
 from tests.modules import PlainClassifier, make_lora, make_trainer
 from tests.test_interop import SIZES
 
@@ -74,3 +77,17 @@ def test_a_head_beside_the_hugging_face_model_is_exported_too(tmp_path: Path) ->
     merged = load_file(tmp_path / "out/merged/model.safetensors")
     assert torch.equal(merged["head.weight"], head.weight)
     assert not any("lora" in key for key in merged)
+
+
+@pytest.mark.parametrize(("name", "said"), [("mixtral", True), ("llama", False)])
+def test_what_a_sharded_export_will_need_is_said_before_the_fit(
+    name: str, said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages: list[str] = []
+    monkeypatch.setattr("lightning_lora.export.rank_zero_info", messages.append)
+    module = Wrapped(hugging_face(name))
+    inject_lora(module, r=2)
+    announce_export(module, SimpleNamespace(is_sharded=True))  # type: ignore[arg-type]
+    assert [("join or split its parameters" in message) for message in messages] == [True] * said
+    announce_export(module, SimpleNamespace(is_sharded=False))  # type: ignore[arg-type]
+    assert len(messages) == said

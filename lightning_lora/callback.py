@@ -164,7 +164,8 @@ class LoRACallback(Callback):
         self.merge_report: MergeReport | None = None
         self.exported: dict[str, Path] = {}
         self._resume = ExactResume() if exact_resume else None
-        self._sharding: Replicated | None = None
+        # Known once the callback is attached to a strategy.
+        self._sharding: Replicated
         self._trainer: Trainer | None = None
         self._fitted = False
 
@@ -194,7 +195,6 @@ class LoRACallback(Callback):
         if self.merge_from == "best":
             check_best_checkpoint(trainer)
         if self.export_dir is not None:
-            assert self._sharding is not None
             announce_export(pl_module, self._sharding)
 
     @override
@@ -210,7 +210,6 @@ class LoRACallback(Callback):
             return
         if stage == "fit" and self.merge_from == "best":
             self._load_best(trainer, pl_module)
-        assert self._sharding is not None
         if self.merge_on_fit_end:
             self.merge_report = self._sharding.merge(pl_module)
             if self.verbose and self.merge_report.errors and trainer.is_global_zero:
@@ -239,7 +238,7 @@ class LoRACallback(Callback):
             strategy = self._trainer.strategy
             dtype = quantize(model, strategy.precision_plugin, self.config)
             quantize_pending(model, strategy.root_device)
-            self.plan = inject_lora(model, self.config, seed=self._seed(self._trainer.strategy))
+            self.plan = inject_lora(model, self.config, seed=self._seed(strategy))
             record = require_injection(model)
             record.merge_base, record.merge_dtype = self.merge_base, dtype
             # Now, while the base is in its own precision and nothing has been trained.
@@ -253,7 +252,6 @@ class LoRACallback(Callback):
                 rich.print(self.plan)
         else:
             self.plan = inject_lora(model, self.config)
-            assert self._sharding is not None
             self._sharding.unmerge(model)
             freeze(model, self.plan)
 
@@ -274,7 +272,6 @@ class LoRACallback(Callback):
                 "nothing was merged. Let validation run at least once, or use merge_from='last'."
             )
         # By the strategy's own way of reading: the file may lie on remote storage.
-        assert self._sharding is not None
         load = partial(trainer.strategy.checkpoint_io.load_checkpoint, weights_only=True)
         checkpoint = self._sharding.read(load, path)
         # What the module keeps beside its weights, such as a threshold, belongs to them.
@@ -309,7 +306,6 @@ class LoRACallback(Callback):
     def _strategy_setup(self, strategy: Strategy, original: Any, trainer: Trainer) -> None:
         model = _module_of(strategy)
         self._prepare(model)
-        assert self._sharding is not None
         if self.merge_on_fit_end or self.export_dir is not None:
             self._sharding.check_merge(model)
             if self.merge_base == "original":
@@ -324,7 +320,6 @@ class LoRACallback(Callback):
     ) -> Any:
         model = _module_of(strategy)
         self._prepare(model)
-        assert self._sharding is not None
         with explain_unreadable(checkpoint_path):
             checkpoint = self._sharding.read(original, checkpoint_path, **kwargs)
         source = str(checkpoint_path)
@@ -333,27 +328,21 @@ class LoRACallback(Callback):
         audit_state(model, checkpoint["state_dict"], source)
         if model.trainer.state.fn == TrainerFn.FITTING:
             require_training_state(checkpoint, source)
-            if self._sharding.restores_optimizers:
+            if self._sharding.is_sharded:
+                # Lightning leaves it to such strategies.
                 self._load_optimizers(strategy, None, checkpoint)
         return checkpoint
 
     def _load_model_state_dict(
         self, strategy: Strategy, checkpoint: Any, strict: bool = True
     ) -> None:
-        assert self._sharding is not None
         self._sharding.load_state(_module_of(strategy), checkpoint["state_dict"], "the checkpoint")
 
     def _load_optimizers(self, strategy: Strategy, original: Any, checkpoint: Any) -> None:
-        assert self._sharding is not None
         states = optimizer_states(checkpoint, strategy.optimizers, _module_of(strategy))
-        if original is not None:
-            original({**checkpoint, "optimizer_states": states})
-            return
-        for optimizer, state in zip(strategy.optimizers, states, strict=True):
-            self._sharding.load_optimizer(optimizer, state)
+        self._sharding.load_optimizers(original, {**checkpoint, "optimizer_states": states})
 
     def _module_state_dict(self, strategy: Strategy) -> dict[str, Any]:
-        assert self._sharding is not None
         return self._sharding.state(_module_of(strategy))
 
     def _save_checkpoint(
@@ -364,7 +353,6 @@ class LoRACallback(Callback):
         path: Any,
         **kwargs: Any,
     ) -> None:
-        assert self._sharding is not None
         model = _module_of(strategy)
         checkpoint[METADATA_KEY] = {
             **checkpoint_metadata(model),

@@ -102,14 +102,21 @@ def write(tensor: Tensor, value: Tensor) -> None:
 @contextmanager
 def whole_factors(lora: nn.Module) -> Iterator[None]:
     """Let a module have its whole parameters in the place of its shards."""
-    kept = dict(lora._parameters)
+    shards = {name: p for name, p in lora._parameters.items() if p is not None and is_sharded(p)}
+    with in_place_of(lora, {name: whole(parameter) for name, parameter in shards.items()}):
+        yield
+
+
+@contextmanager
+def in_place_of(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let a module have other values in the place of its own parameters of these names."""
+    kept = dict(module._parameters)
     try:
-        for name, parameter in kept.items():
-            if parameter is not None and is_sharded(parameter):
-                lora._parameters[name] = nn.Parameter(whole(parameter), requires_grad=False)
+        for name, value in values.items():
+            module._parameters[name] = nn.Parameter(value, requires_grad=False)
         yield
     finally:
-        lora._parameters.update(kept)
+        module._parameters.update(kept)
 
 
 def shard_alike(module: nn.Module, like: Tensor) -> None:

@@ -39,6 +39,7 @@ from lightning_lora.merging import factors_are_finite
 from lightning_lora.names import clean_name, modules_by_name, unwrap
 from lightning_lora.quantization import quantized_layers
 from lightning_lora.quantized_merging import MergeReport
+from lightning_lora.sharded import in_place_of
 from lightning_lora.state import adapter_state_dict, audit_state, trained_shapes
 from lightning_lora.strategies.sharding import Sharded
 from lightning_lora.strategies.wrapping import find_units
@@ -173,7 +174,8 @@ class FlatSharded(Sharded):
                 layer, _, leaf = name.rpartition(".")
                 module = modules[layer]
                 assert isinstance(module, LoRALayer)
-                with _replaced(unwrap(module.lora), factors, layer):
+                wholes = {leaf: factors[f"{layer}.lora.{leaf}"].to(weight.device) for leaf in "AB"}
+                with in_place_of(unwrap(module.lora), wholes):
                     delta = module.delta_weights()[leaf]
                 record.base_weights[name] = (weight, _my_part(weight).to("cpu", copy=True))
                 weight.data.copy_((weight.to(delta.dtype) + delta).to(weight.dtype))
@@ -267,20 +269,6 @@ def _with_factors(policy: Any, model: nn.Module) -> Any:
         return bool(policy(module=module, recurse=False, nonwrapped_numel=nonwrapped_numel))
 
     return either
-
-
-@contextmanager
-def _replaced(lora: nn.Module, state: Mapping[str, Tensor], layer: str) -> Iterator[None]:
-    """Let a module have whole factors in the place of its shards."""
-    kept = dict(lora._parameters)
-    try:
-        for name, parameter in kept.items():
-            assert parameter is not None
-            value = state[f"{layer}.lora.{name}"].to(parameter.device)
-            lora._parameters[name] = nn.Parameter(value, requires_grad=False)
-        yield
-    finally:
-        lora._parameters.update(kept)
 
 
 def _my_part(weight: Tensor) -> Tensor:

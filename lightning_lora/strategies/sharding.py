@@ -44,8 +44,6 @@ class Replicated:
     def __init__(self, strategy: Strategy) -> None:
         self.strategy: Any = strategy
 
-    # Whether the strategy, and not Lightning's connector, has to restore the optimizers.
-    restores_optimizers = False
     is_sharded = False
 
     def setup(
@@ -105,15 +103,14 @@ class Replicated:
         checkpoint: dict[str, Any] = original(path, **options)
         return checkpoint
 
-    def load_optimizer(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-        """Load what `optimizer_state` gave."""
-        optimizer.load_state_dict(dict(state))
+    def load_optimizers(self, original: Any, checkpoint: Mapping[str, Any]) -> None:
+        """Load what `optimizer_state` gave for each optimizer."""
+        original(checkpoint)
 
 
 class Sharded(Replicated):
     """Parameters sharded by `torch.distributed.fsdp.fully_shard`."""
 
-    restores_optimizers = True
     is_sharded = True
 
     @property
@@ -194,15 +191,17 @@ class Sharded(Replicated):
     def read(self, original: Any, path: Any, **options: Any) -> dict[str, Any]:
         # Rank 0's path may hold a time or a version that other ranks do not know.
         path = self.strategy.broadcast(path)
-        if is_directory(path):
-            return read_directory(path)
-        checkpoint: dict[str, Any] = self.strategy.checkpoint_io.load_checkpoint(
-            path, weights_only=options.get("weights_only")
-        )
-        return checkpoint
+        load = self.strategy.checkpoint_io.load_checkpoint
+        return super().read(load, path, weights_only=options.get("weights_only"))
 
     @override
+    def load_optimizers(self, original: Any, checkpoint: Mapping[str, Any]) -> None:
+        states = checkpoint["optimizer_states"]
+        for optimizer, state in zip(self.strategy.optimizers, states, strict=True):
+            self.load_optimizer(optimizer, state)
+
     def load_optimizer(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+        """Load one optimizer's state, of which this process keeps its shards."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         shards = {
             index: {

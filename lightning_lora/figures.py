@@ -179,29 +179,40 @@ def _mark(axis: Any, point: Point, label: str) -> None:
 def _label(axis: Any, panel: _Panel) -> None:
     from matplotlib.ticker import FuncFormatter
 
-    axis.set_title(panel.title, loc="left", fontsize=11)
+    dress_axis(axis, panel.title)
     axis.set_ylabel(panel.unit)
-    axis.grid(True, color="0.9")
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
     # Matplotlib's own way of writing small numbers puts a power of ten where the title is.
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     if panel.title == _RATE:
         axis.set_ylim(bottom=0)
-    handles, labels = axis.get_legend_handles_labels()
+    _, labels = axis.get_legend_handles_labels()
     if len(labels) > 1 or panel.title != _RATE:
-        # Beside the diagram, where it covers no line.
-        legend = axis.legend(
-            handles,
-            labels,
-            loc="upper left",
-            bbox_to_anchor=(1.01, 1.0),
-            borderaxespad=0.0,
-            frameon=False,
-            fontsize=9,
-        )
-        for text in legend.get_texts():
-            text.set_parse_math(False)
+        legend_beside(axis)
+
+
+def dress_axis(axis: Any, title: str) -> None:
+    """Give a diagram its title, a grid behind what is drawn, and no frame above and right."""
+    axis.set_title(title, loc="left", fontsize=11)
+    axis.grid(True, color="0.9")
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def legend_beside(axis: Any) -> None:
+    """Put the legend beside the diagram, where it covers no line."""
+    # Given its handles, a legend of nothing is no reason for a warning.
+    handles, labels = axis.get_legend_handles_labels()
+    legend = axis.legend(
+        handles,
+        labels,
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1.0),
+        borderaxespad=0.0,
+        frameon=False,
+        fontsize=9,
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def _count_steps(axis: Any) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lightning_lora.names import listed
 from lightning_lora.slices import Slices
+from lightning_lora.tables import as_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -149,12 +150,7 @@ class Plan:
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=100, color_system=None, force_jupyter=False)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+        return as_text(self)
 
 
 def _grouped(targets: tuple[Target, ...]) -> Counter[tuple[str, tuple[str, ...], int, float]]:

@@ -32,6 +32,7 @@ from lightning_lora.quantization import (
     weight_shape,
 )
 from lightning_lora.sharded import is_sharded
+from lightning_lora.tables import as_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -84,12 +85,7 @@ class MergeReport:
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=100, color_system=None, force_jupyter=False)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+        return as_text(self)
 
 
 def check_merge_base(base: str) -> str:

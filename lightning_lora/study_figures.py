@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_lora.figures import COLOURS, MARKERS, new_figure, save
+from lightning_lora.figures import COLOURS, MARKERS, dress_axis, legend_beside, new_figure, save
 from lightning_lora.names import shortened
 from lightning_lora.study import BaseRow, Similarity, Study
 
@@ -196,24 +196,9 @@ def _style(number: int, label: str) -> dict[str, Any]:
 
 
 def _dress(axis: Any, title: str, unit: str) -> None:
-    axis.set_title(title, loc="left", fontsize=11)
+    dress_axis(axis, title)
     axis.set_ylabel(unit, parse_math=False)
-    axis.grid(True, color="0.9")
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-    handles, labels = axis.get_legend_handles_labels()
-    # Given its handles, a legend of nothing (all updates are zero) is no reason for a warning.
-    legend = axis.legend(
-        handles,
-        labels,
-        loc="upper left",
-        bbox_to_anchor=(1.01, 1.0),
-        borderaxespad=0.0,
-        frameon=False,
-        fontsize=9,
-    )
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    legend_beside(axis)
 
 
 def _name_layers(axis: Any, layers: Sequence[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ import yaml
 
 from lightning_lora.cli import main
 from lightning_lora.history import metrics_files, read_history
-from tests.commands import run_command
+from tests.commands import imported, run_command
 
 CONFIG = """\
 trainer:
@@ -61,21 +60,9 @@ def test_help_names_subcommands_and_configs(tmp_path: Path) -> None:
 def test_help_and_parsing_import_no_model_code(tmp_path: Path, config: str) -> None:
     (tmp_path / "tiny.yaml").write_text(config)
     heavy = ("transformers.modeling_utils", "datasets", "bitsandbytes")
-    program = (
-        "import sys\nfrom lightning_lora.cli import main\n"
-        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
-        f"print('heavy:', [name for name in {heavy} if name in sys.modules])\n"
-    )
     for arguments in (["fit", "--help"], ["fit", "--config", "tiny.yaml", "--print_config"]):
-        done = subprocess.run(
-            [sys.executable, "-c", program, *arguments],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=True,
-        )
-        assert done.stdout.endswith("heavy: []\n"), done.stdout[-200:]
+        found, done = imported(tmp_path, heavy, *arguments)
+        assert found == []
         assert "--lora.r" in done.stdout or "r: 4" in done.stdout
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import pytest
 
 from lightning_lora.cli import main
 from lightning_lora.memory import GIB
-from tests.commands import run_command
+from tests.commands import imported, run_command
 
 LLAMA_70B = {
     "architectures": ["LlamaForCausalLM"],
@@ -194,19 +192,7 @@ def test_a_module_of_the_user_s_is_refused(
 
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     heavy = ("torch", "lightning", "numpy", "rich", "jsonargparse", "yaml", "transformers")
-    program = (
-        "import sys\nfrom lightning_lora.cli import main\n"
-        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
-        f"print('heavy:', [name for name in {heavy} if name in sys.modules])\n"
-    )
     for arguments in (["plan", "--help"], ["plan", "--config", "quickstart", "--memory", "-3"]):
-        done = subprocess.run(
-            [sys.executable, "-c", program, *arguments],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=True,
-        )
-        assert done.stdout.endswith("heavy: []\n")
+        found, done = imported(tmp_path, heavy, *arguments)
+        assert found == []
         assert "--gpus N,N" in done.stdout or "--memory is '-3'" in done.stderr

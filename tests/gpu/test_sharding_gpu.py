@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.commands import run_module
 from tests.strategies.scenarios import Scenario, asked
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
-ROOT = Path(__file__).parents[2]
 LORA = {"bias": "all", "modules_to_save": ["head"]}
 SCENARIOS = [
     Scenario("one", optimizer="sgd", lora=LORA),
@@ -41,18 +37,8 @@ SCENARIOS = [
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("gpu")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "tests.strategies.scenarios"),
-            json.dumps([str(root), 1, asked(SCENARIOS), "gpu"]),
-        ],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    arguments = [str(root), 1, asked(SCENARIOS), "gpu"]
+    done = run_module("tests.strategies.scenarios", arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     return {s.name: json.loads((root / s.name / "result.json").read_text()) for s in SCENARIOS}
 

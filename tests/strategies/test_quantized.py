@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +13,10 @@ from lightning.pytorch import Trainer
 from lightning_lora import LoRACallback
 from lightning_lora.errors import ConfigError
 from lightning_lora.quantization import store_as
+from tests.commands import run_module
 from tests.quantized import any_bits, quantized_mlp
 from tests.strategies.quantized import Packed
 from tests.strategies.scenarios import SAVE_AT, STEPS, Scenario
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -31,21 +27,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         (2, ["two", "two-from-one", "two-bf16-true"]),
         (1, ["one-from-two"]),
     ):
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        done = subprocess.run(
-            [
-                sys.executable,
-                *(launcher if processes > 1 else []),
-                *("-m", "tests.strategies.quantized"),
-                json.dumps([str(root), names]),
-            ],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        done = run_module("tests.strategies.quantized", [str(root), names], processes, 300)
         assert done.returncode == 0, done.stderr[-4000:]
     found = {path.parent.name: json.loads(path.read_text()) for path in root.glob("*/result.json")}
     return {"root": root, **found}
@@ -97,9 +79,8 @@ def test_storage_is_a_matter_of_view() -> None:
         store_as(quantized_mlp("int8"), torch.float32)
 
 
-def test_a_merge_that_cannot_be_is_refused_before_the_fit(tmp_path: Path) -> None:
-    lora = LoRACallback(r=4, alpha=12, target_modules=["up"], verbose=False)
-    trainer = Trainer(
+def sharding_trainer(root: Path, lora: LoRACallback) -> Trainer:
+    return Trainer(
         accelerator="cpu",
         devices=1,
         strategy="fsdp2",
@@ -109,14 +90,14 @@ def test_a_merge_that_cannot_be_is_refused_before_the_fit(tmp_path: Path) -> Non
         enable_progress_bar=False,
         enable_model_summary=False,
         max_steps=1,
-        default_root_dir=tmp_path,
+        default_root_dir=root,
     )
-    try:
-        with pytest.raises(ConfigError, match="merge_on_fit_end=False"):
-            trainer.fit(Packed(Scenario("x")))
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+
+
+def test_a_merge_that_cannot_be_is_refused_before_the_fit(tmp_path: Path) -> None:
+    lora = LoRACallback(r=4, alpha=12, target_modules=["up"], verbose=False)
+    with pytest.raises(ConfigError, match="merge_on_fit_end=False"):
+        sharding_trainer(tmp_path, lora).fit(Packed(Scenario("x")))
 
 
 def test_an_8_bit_optimizer_on_shards(tmp_path: Path) -> None:
@@ -128,21 +109,5 @@ def test_an_8_bit_optimizer_on_shards(tmp_path: Path) -> None:
             return bitsandbytes.optim.AdamW8bit(trained, lr=0.01)
 
     lora = LoRACallback(r=4, alpha=12, target_modules=["up"], verbose=False, merge_on_fit_end=False)
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=1,
-        strategy="fsdp2",
-        callbacks=[lora],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        max_steps=1,
-        default_root_dir=tmp_path,
-    )
-    try:
-        with pytest.raises(ConfigError, match=r"AdamW8bit .* parameters that are shards"):
-            trainer.fit(Eight(Scenario("x")))
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    with pytest.raises(ConfigError, match=r"AdamW8bit .* parameters that are shards"):
+        sharding_trainer(tmp_path, lora).fit(Eight(Scenario("x")))

@@ -7,9 +7,6 @@ which resumes from what two have saved.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +16,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lightning_lora import load_adapter
+from tests.commands import run_module
 from tests.models import hugging_face
 from tests.modules import Attention
 from tests.strategies.scenarios import SAVE_AT, STEPS, Scenario, asked
 
-ROOT = Path(__file__).parents[2]
 IN_PLACE = {"bias": "all", "modules_to_save": ["head"]}
 NORMS = {"bias": "lora_only", "train_layer_norms": True}
 CKPT = f"step={SAVE_AT}.ckpt"
@@ -114,21 +111,8 @@ def run(root: Path, processes: int, scenarios: list[Scenario]) -> None:
     values = asked(scenarios)
     for value in values:
         value["network"] = value["network"].replace("LLAMA", str(root / "llama"))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run(
-        [
-            sys.executable,
-            *(launcher if processes > 1 else []),
-            *("-m", "tests.strategies.scenarios"),
-            json.dumps([str(root), processes, values]),
-        ],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    arguments = [str(root), processes, values]
+    done = run_module("tests.strategies.scenarios", arguments, processes)
     errors = [path.read_text() for path in root.glob("*/error.txt")]
     assert done.returncode == 0, "\n".join(errors) or done.stderr[-3000:]
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_lora.callback import LoRACallback
+    from lightning_lora.comparison import validate_merged
     from lightning_lora.config import LoRAConfig
     from lightning_lora.fused import register_fused
     from lightning_lora.injection import inject_lora
@@ -43,6 +44,7 @@ __all__ = [
     "save_adapter",
     "swap_adapter",
     "unmerge_lora",
+    "validate_merged",
 ]
 
 # Importing torch and Lightning takes seconds; `lightning-lora --help` needs neither.
@@ -65,6 +67,7 @@ _HOMES = {
     "save_adapter": "lightning_lora.interop",
     "swap_adapter": "lightning_lora.interop",
     "unmerge_lora": "lightning_lora.merging",
+    "validate_merged": "lightning_lora.comparison",
 }
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -168,6 +170,7 @@ class LoRACallback(Callback):
         self._sharding: Replicated
         self._trainer: Trainer | None = None
         self._fitted = False
+        self._stays_merged = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -210,15 +213,29 @@ class LoRACallback(Callback):
             return
         if stage == "fit" and self.merge_from == "best":
             self._load_best(trainer, pl_module)
-        if self.merge_on_fit_end:
+        if self.merge_on_fit_end and not require_injection(pl_module).merged:
             self.merge_report = self._sharding.merge(pl_module)
-            if self.verbose and self.merge_report.errors and trainer.is_global_zero:
+            shown = self.verbose and stage == "fit" and trainer.is_global_zero
+            if shown and self.merge_report.errors:
                 import rich
 
                 rich.print(self.merge_report)
         if stage == "fit" and self.export_dir is not None:
             self.exported = export_model(pl_module, Path(self.export_dir), trainer, self._sharding)
         trainer.strategy.barrier("LoRACallback.teardown")
+
+    @contextmanager
+    def staying_merged(self, model: LightningModule) -> Iterator[None]:
+        """Stages in here run the merged model; for `validate_merged`."""
+        was_merged = require_injection(model).merged
+        self._sharding.merge(model)
+        self._stays_merged = True
+        try:
+            yield
+        finally:
+            self._stays_merged = False
+            if not was_merged:
+                self._sharding.unmerge(model)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -252,7 +269,8 @@ class LoRACallback(Callback):
                 rich.print(self.plan)
         else:
             self.plan = inject_lora(model, self.config)
-            self._sharding.unmerge(model)
+            if not self._stays_merged:
+                self._sharding.unmerge(model)
             freeze(model, self.plan)
 
     def _seed(self, strategy: Strategy) -> int:

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_lora.callback import LoRACallback
 from lightning_lora.cli_defaults import scores
 from lightning_lora.cli_paths import CONFIG_FILE
+from lightning_lora.comparison import validate_merged
 from lightning_lora.confusion import MOST_CLASSES, draw_confusion_matrix
 from lightning_lora.figures import draw_curves
 from lightning_lora.history import METRICS_FILE, Point, metrics_files, read_history
@@ -122,6 +123,30 @@ def close_fit(trainer: Trainer, model: Any, run_dir: Path, log_dir: str | None) 
     if log_dir is not None:
         files |= {"logs": Path(log_dir) / METRICS_FILE, "config": Path(log_dir) / CONFIG_FILE}
     return Closing(fit_scores(history, monitor, mode, scores(trainer)), files, chosen)
+
+
+def merge_scores(trainer: Trainer, model: Any, data: Any) -> dict[str, dict[str, float]]:
+    """Score what a fit has merged into a quantized base, beside the same factors unmerged.
+
+    Every rank has to call this.
+
+    Args:
+        trainer: The trainer that has fitted.
+        model: The LightningModule.
+        data: The data module, if there is one.
+
+    Returns:
+        Columns of the table of scores; none for a base that is not quantized, whose merge rounds
+        and no more.
+    """
+    reports = (c.merge_report for c in trainer.callbacks if isinstance(c, LoRACallback))  # type: ignore[attr-defined]
+    report = next(reports, None)
+    validates = trainer.num_val_batches and sum(trainer.num_val_batches) > 0
+    if report is None or not report.errors or not validates or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return {}
+    found = validate_merged(trainer, model, datamodule=data)
+    merged = f"merged\n({report.base})"
+    return {"unmerged\n(as trained)": found["unmerged"], merged: found["merged"]}
 
 
 def close_test(model: Any, run_dir: Path, checkpoint: Path | None) -> dict[str, Path]:

@@ -15,7 +15,7 @@ from typing_extensions import override
 import lightning_lora.recipes  # noqa: F401  (its classes are found by their bare names)
 from lightning_lora.callback import LoRACallback
 from lightning_lora.checkpoints import read_checkpoint
-from lightning_lora.cli_closing import KeepConfusion, close_fit, close_test
+from lightning_lora.cli_closing import KeepConfusion, close_fit, close_test, merge_scores
 from lightning_lora.cli_defaults import (
     MergeBest,
     checkpoint_callbacks,
@@ -173,8 +173,9 @@ class LoRACLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Draw what there is to see, and say what the fit has written."""
-        # Every rank takes part in finding the folder of logs; the rest is for one.
-        self._close_fit(self.trainer.log_dir)
+        # Every rank takes part in finding the folder of logs and in scoring what was merged.
+        log_dir = self.trainer.log_dir
+        self._close_fit(log_dir, merge_scores(self.trainer, self.model, self.datamodule))
 
     def after_validate(self) -> None:
         """Show the scores."""
@@ -190,8 +191,9 @@ class LoRACLI(LightningCLI):
         self._print("predict", Scores(), files, [])
 
     @rank_zero_only
-    def _close_fit(self, log_dir: str | None) -> None:
+    def _close_fit(self, log_dir: str | None, merged: dict[str, dict[str, float]]) -> None:
         closing = close_fit(self.trainer, self.model, self.run_dir, log_dir)
+        closing.scores.columns.update(merged)
         commands = [] if closing.checkpoint is None else self._next_commands(closing.checkpoint)
         self._print("fit", closing.scores, closing.files, commands)
 

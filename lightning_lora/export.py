@@ -14,11 +14,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from lightning_lora.errors import CheckpointError
+from lightning_lora.errors import CheckpointError, ConfigError
 from lightning_lora.files import replacing_directory
 from lightning_lora.injection import require_injection
 from lightning_lora.interop import write_adapter
 from lightning_lora.names import modules_by_name
+from lightning_lora.quantization import quantized_layers
 from lightning_lora.state import adapter_state_dict
 from lightning_lora.strategies import Replicated, write_tensors
 
@@ -65,7 +66,17 @@ def export_model(
 
 
 def announce_export(module: LightningModule, sharding: Replicated) -> None:
-    """Say before a fit what its export will need, where that is more than a layer at a time."""
+    """Say before a fit what its export will need, where that is more than a layer at a time.
+
+    Raises:
+        ConfigError: The base is quantized and sharded: packed shards are no model's files.
+    """
+    if sharding.is_sharded and quantized_layers(module):
+        raise ConfigError(
+            "export_dir: a quantized base that is sharded is not written as a merged model. Leave "
+            "export_dir out, and merge or export a checkpoint afterwards: lightning-lora merge, "
+            "lightning-lora export."
+        )
     part = _hugging_face_part(module)
     if part is None or not sharding.is_sharded:
         return

@@ -31,12 +31,14 @@ class Replaced:
         weight: Its packed weight.
         bias: Its bias.
         attributes: Further attributes that were replaced, by name.
+        shard: A copy of this process's part of a sharded weight, which is merged in place.
     """
 
     layer_class: type[nn.Module]
     weight: nn.Parameter
     bias: nn.Parameter | None
     attributes: dict[str, Any] = field(default_factory=dict)
+    shard: Tensor | None = None
 
 
 @dataclass

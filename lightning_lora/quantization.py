@@ -46,7 +46,7 @@ def quantization_name(layer: _Layer) -> str:
     """``"nf4"``, ``"fp4"`` (with ``" double"`` if the scales are quantized too) or ``"int8"``."""
     if not is_4bit(layer):
         return "int8"
-    state = _quant_state(layer)
+    state = quant_state(layer)
     if state is None:
         kind, double = layer.weight.quant_type, layer.weight.compress_statistics
     else:
@@ -91,7 +91,7 @@ def dequantized(layer: _Layer, dtype: torch.dtype, packed: Tensor | None = None)
 
     if is_4bit(layer):
         # A copy of the state with another dtype: no second tensor in the dtype it was made from.
-        state = copy.copy(_quant_state(layer))
+        state = copy.copy(quant_state(layer))
         state.dtype = dtype
         weight: Tensor = dequantize_4bit(layer.weight.data if packed is None else packed, state)
         return weight
@@ -116,7 +116,7 @@ def scales(layer: _Layer) -> list[Tensor]:
         return []
     if not is_4bit(layer):
         return [_int8_parts(layer)[1]]
-    state = _quant_state(layer)
+    state = quant_state(layer)
     return [state.absmax, state.offset, state.state2.absmax] if state.nested else [state.absmax]
 
 
@@ -133,7 +133,7 @@ def requantized(layer: _Layer, weight: Tensor) -> nn.Parameter:
     if not is_4bit(layer):
         quantized = Int8Params(weight.to("cpu", torch.float16), requires_grad=False)
         return quantized.to(own.device)
-    state = _quant_state(layer)
+    state = quant_state(layer)
     packed: nn.Parameter = Params4bit(
         weight.to(state.dtype),
         requires_grad=False,
@@ -162,7 +162,7 @@ def keep_trainable(model: nn.Module) -> tuple[str, ...]:
         if getattr(layer, "support_avx512bf16_for_cpu", False):
             layer.support_avx512bf16_for_cpu = False
             changed.append(name)
-        if getattr(_quant_state(layer), "packing_format_for_cpu", False):
+        if getattr(quant_state(layer), "packing_format_for_cpu", False):
             layer.state_dict()  # which has to pack it back
             layer.quant_state = layer.weight.quant_state
     return tuple(changed)
@@ -206,7 +206,8 @@ def allow_repacking(model: nn.Module, names: Iterable[str]) -> None:
         layers[name].support_avx512bf16_for_cpu = True
 
 
-def _quant_state(layer: _Layer) -> Any:
+def quant_state(layer: _Layer) -> Any:
+    """What bitsandbytes knows about the packed weight of a ``Linear4bit``."""
     state = getattr(layer.weight, "quant_state", None)
     return layer.quant_state if state is None else state
 

@@ -27,11 +27,12 @@ from lightning_lora.quantization import (
     as_linear,
     dequantized,
     is_pending,
+    quant_state,
     quantized_layers,
     requantized,
     weight_shape,
 )
-from lightning_lora.sharded import is_sharded
+from lightning_lora.sharded import is_sharded, local, whole, whole_factors, write
 from lightning_lora.tables import as_text
 
 if TYPE_CHECKING:
@@ -115,11 +116,11 @@ def merging_into(model: nn.Module, base: str) -> Iterator[_Read | None]:
     layers = quantized_layers(model)
     check_merge_base(base)
     for name, layer in layers.items():
-        if is_sharded(layer.weight):
+        if is_sharded(layer.weight) and base != "requantized":
             raise ConfigError(
-                f"{name!r} is quantized and sharded, and is not merged in place. Set "
-                "merge_on_fit_end=False and merge the checkpoint in one process "
-                "(load_lightning_module)."
+                f"{name!r} is quantized and sharded, and its shards have no room for merged "
+                "weights in 16 bits. Merge the checkpoint in one process (merge_on_fit_end=False, then "
+                "load_lightning_module), or into packed weights (merge_base='requantized')."
             )
         if is_pending(layer):
             raise ConfigError(f"{name!r} is to be quantized and was not yet: move the model first.")
@@ -159,10 +160,11 @@ def merge_quantized(
             continue
         before = layer.weight
         if id(before) not in done:
-            weight = dequantized(layer, torch.float32)
+            weight = dequantized(layer, torch.float32, _gathered(before))
             trained = weight
             if isinstance(factors, LoRAFactors):
-                delta = delta_weight(factors.A, factors.B, factors.scaling).to(weight.device)
+                with whole_factors(factors):
+                    delta = delta_weight(factors.A, factors.B, factors.scaling).to(weight.device)
                 trained = weight + delta
             if read is None:
                 merged = trained
@@ -179,7 +181,9 @@ def merge_quantized(
         record.replaced[name] = replaced
         if base == "requantized":
             _put_packed(layer, done[id(before)], replaced)
-            result = dequantized(layer, torch.float32) if trained is not None else None
+            result = None
+            if trained is not None:
+                result = dequantized(layer, torch.float32, _gathered(layer.weight))
         else:
             result = done[id(before)].float()
             _make_plain(layer, done[id(before)], replaced)
@@ -202,6 +206,10 @@ def unmerge_quantized(model: nn.Module, record: Injection) -> None:
         layer: Any = modules[name]
         device = layer.weight.device
         layer.__class__ = replaced.layer_class
+        if replaced.shard is not None:
+            local(layer.weight).copy_(replaced.shard)
+            quant_state(layer).__dict__.update(replaced.attributes)
+            continue
         layer._parameters["weight"] = replaced.weight
         layer._parameters["bias"] = replaced.bias
         layer.__dict__.update(replaced.attributes)
@@ -233,6 +241,15 @@ def _make_plain(layer: Any, weight: nn.Parameter, replaced: Replaced) -> None:
 
 
 def _put_packed(layer: Any, weight: nn.Parameter, replaced: Replaced) -> None:
+    if is_sharded(layer.weight):
+        # The shard's memory belongs to a larger buffer, which has to change with it; and the
+        # gathered weight refers to this very state.
+        replaced.shard = local(layer.weight.detach()).to("cpu", copy=True)
+        state = quant_state(layer)
+        replaced.attributes.update(state.__dict__)
+        write(layer.weight, weight.data)
+        state.__dict__.update(weight.quant_state.__dict__)  # type: ignore[attr-defined]
+        return
     layer._parameters["weight"] = weight
     if hasattr(layer, "quant_state"):
         replaced.attributes["quant_state"] = layer.quant_state
@@ -243,6 +260,11 @@ def _put_packed(layer: Any, weight: nn.Parameter, replaced: Replaced) -> None:
     layer.state = type(state)()
     layer.state.__dict__.update(state.__dict__)
     layer.state.CB = layer.state.SCB = None
+
+
+def _gathered(weight: Tensor) -> Tensor | None:
+    """The whole of a sharded weight; `None` for one that the layer holds whole."""
+    return whole(weight) if is_sharded(weight) else None
 
 
 def _own_dtype(model: nn.Module, record: Injection, layers: dict[str, Any]) -> torch.dtype:

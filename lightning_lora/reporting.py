@@ -25,7 +25,7 @@ class Scores:
         first: The metric in the first row; the others follow by name.
     """
 
-    columns: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    columns: dict[str, Mapping[str, float]] = field(default_factory=dict)
     first: str | None = None
 
     def __bool__(self) -> bool:
@@ -63,7 +63,7 @@ def fit_scores(
     shown = [name for name in history if stage_of(name)[0] == "val"]
     if not shown:
         return Scores({"last": latest})
-    columns: dict[str, dict[str, float]] = {}
+    columns: dict[str, Mapping[str, float]] = {}
     best = best_point(history.get(monitor or "", ()), mode)
     last = max((history[name][-1] for name in shown), key=lambda point: point.step)
     for title, point in ((f"best by {monitor}", best), ("last", last)):

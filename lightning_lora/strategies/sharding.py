@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lightning_lora.directories import is_directory, read_directory, save_directory
 from lightning_lora.errors import ConfigError
+from lightning_lora.injection import require_injection
 from lightning_lora.merging import merge_lora, refuse_ties, unmerge_lora
 from lightning_lora.names import clean_name
 from lightning_lora.pretrained import fill_parameters
@@ -127,11 +128,12 @@ class Sharded(Replicated):
     @override
     def check_merge(self, model: nn.Module) -> None:
         refuse_ties(model)
-        if quantized_layers(model):
+        if quantized_layers(model) and require_injection(model).merge_base != "requantized":
             raise ConfigError(
-                "A quantized base that is sharded is not merged in place: its layers have no room "
-                "for the merged weights. Set merge_on_fit_end=False, and merge the checkpoint in "
-                "one process with load_lightning_module."
+                "A quantized base that is sharded has no room for merged weights in 16 bits. Set "
+                "merge_on_fit_end=False and merge the checkpoint in one process "
+                "(`lightning-lora merge`, or load_lightning_module), or merge into packed weights "
+                "(merge_base='requantized')."
             )
 
     def agree(self, model: nn.Module) -> None:

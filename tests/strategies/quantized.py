@@ -12,7 +12,9 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_lora import LoRACallback
+from lightning_lora import LoRACallback, unmerge_lora
+from lightning_lora.quantization import dequantized, quantized_layers
+from lightning_lora.sharded import whole
 from lightning_lora.state import base_fingerprint
 from tests.quantized import quantized
 from tests.strategies.scenarios import SAVE_AT, Model, Scenario
@@ -23,6 +25,8 @@ RUNS = {
     "two-from-one": ("fsdp2", 2, "one", "32-true"),
     "two-bf16-true": ("fsdp2", 2, None, "bf16-true"),
     "one-from-two": ("auto", 1, "two", "32-true"),
+    "one-merged": ("auto", 1, None, "32-true"),
+    "two-merged": ("fsdp2", 2, None, "32-true"),
 }
 
 
@@ -55,6 +59,14 @@ class Packed(Model):
         return out
 
 
+def unpacked(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that the 4-bit layers compute with; a collective call."""
+    return {
+        name: dequantized(layer, torch.float32, whole(layer.weight))
+        for name, layer in quantized_layers(model).items()
+    }
+
+
 def fit(root: Path, name: str) -> dict[str, Any]:
     strategy, devices, source, precision = RUNS[name]
     folder = root / name
@@ -66,7 +78,8 @@ def fit(root: Path, name: str) -> dict[str, Any]:
         target_modules=["up", "down"],
         verbose=False,
         modules_to_save=None,
-        merge_on_fit_end=False,
+        merge_on_fit_end=name.endswith("merged"),
+        merge_base="requantized",
     )
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=SAVE_AT, save_top_k=-1)
     trainer = Trainer(
@@ -84,9 +97,18 @@ def fit(root: Path, name: str) -> dict[str, Any]:
     )
     path = None if source is None else str(root / source / f"step={SAVE_AT}.ckpt")
     trainer.fit(model, ckpt_path=path)
+    if lora.merge_on_fit_end:
+        assert lora.merge_report is not None
+        merged, errors = unpacked(model), lora.merge_report.update_errors
+        unmerge_lora(model)
+        if trainer.is_global_zero:
+            torch.save({"merged": merged, "errors": errors}, folder / "merged.pt")
+        else:
+            assert errors
     return {
         "losses": model.losses,
         "fingerprint": base_fingerprint(model),
+        "base": {name: weight.double().sum().item() for name, weight in unpacked(model).items()},
         "sharded": sum(hasattr(p, "device_mesh") for p in model.parameters()),
         "dtypes": sorted({str(p.dtype) for n, p in model.named_parameters() if "weight" in n}),
     }

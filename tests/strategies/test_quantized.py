@@ -23,8 +23,8 @@ from tests.strategies.scenarios import SAVE_AT, STEPS, Scenario
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("quantized")
     for processes, names in (
-        (1, ["one"]),
-        (2, ["two", "two-from-one", "two-bf16-true"]),
+        (1, ["one", "one-merged"]),
+        (2, ["two", "two-from-one", "two-bf16-true", "two-merged"]),
         (1, ["one-from-two"]),
     ):
         done = run_module("tests.strategies.quantized", [str(root), names], processes, 300)
@@ -65,6 +65,20 @@ def test_files_hold_the_adapter_alone(results: dict[str, Any]) -> None:
         assert two["lightning_lora"]["base"][key] == one["lightning_lora"]["base"][key]
 
 
+@pytest.mark.slow
+def test_a_merge_into_packed_shards_and_the_base_again(results: dict[str, Any]) -> None:
+    one, two = (
+        torch.load(results["root"] / name / "merged.pt", weights_only=True)
+        for name in ("one-merged", "two-merged")
+    )
+    assert results["two-merged"]["base"] == results["one"]["base"]
+    for name, weight in one["merged"].items():
+        # Factors that differ by 1e-7 may round to the next of the 16 levels, and rarely do.
+        assert ((two["merged"][name] - weight).abs() > 1e-5).float().mean() < 0.01
+        assert weight.double().sum().item() != results["one"]["base"][name]
+        assert two["errors"][name] == pytest.approx(one["errors"][name], rel=0.05)
+
+
 def test_storage_is_a_matter_of_view() -> None:
     model = quantized_mlp("nf4")
     x, packed = torch.randn(3, 64), any_bits(model.fc1.weight)
@@ -97,6 +111,13 @@ def sharding_trainer(root: Path, lora: LoRACallback) -> Trainer:
 def test_a_merge_that_cannot_be_is_refused_before_the_fit(tmp_path: Path) -> None:
     lora = LoRACallback(r=4, alpha=12, target_modules=["up"], verbose=False)
     with pytest.raises(ConfigError, match="merge_on_fit_end=False"):
+        sharding_trainer(tmp_path, lora).fit(Packed(Scenario("x")))
+
+
+def test_an_export_of_packed_shards_is_refused_before_the_fit(tmp_path: Path) -> None:
+    settings = {"merge_base": "requantized", "export_dir": str(tmp_path / "x")}
+    lora = LoRACallback(r=4, alpha=12, target_modules=["up"], verbose=False, **settings)
+    with pytest.raises(ConfigError, match="lightning-lora merge"):
         sharding_trainer(tmp_path, lora).fit(Packed(Scenario("x")))
 
 

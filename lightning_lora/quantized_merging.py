@@ -119,8 +119,8 @@ def merging_into(model: nn.Module, base: str) -> Iterator[_Read | None]:
         if is_sharded(layer.weight) and base != "requantized":
             raise ConfigError(
                 f"{name!r} is quantized and sharded, and its shards have no room for merged "
-                "weights in 16 bits. Merge the checkpoint in one process (merge_on_fit_end=False, then "
-                "load_lightning_module), or into packed weights (merge_base='requantized')."
+                "weights in 16 bits. Merge the checkpoint in one process (merge_on_fit_end=False, "
+                "then load_lightning_module), or into packed weights (merge_base='requantized')."
             )
         if is_pending(layer):
             raise ConfigError(f"{name!r} is to be quantized and was not yet: move the model first.")

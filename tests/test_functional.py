@@ -273,7 +273,9 @@ def test_autocast_saves_no_cast_copy_of_the_weight() -> None:
     ):
         ours(*tensors.values(), 0.0)
     half = [t.numel() for t in saved if t.dtype == torch.bfloat16]
-    assert half == [64 * R], "only the skinny product is new"
+    assert half == [64 * IN, 64 * R, R * IN, OUT * R], "what was computed with, but no weight"
+    full = sorted(t.numel() for t in saved if t.dtype == torch.float32)
+    assert full == sorted([OUT * IN, R * IN, OUT * R]), "the parameters themselves"
 
 
 # The backend "aot_eager" traces the whole graph like the default one, but needs no C++ compiler.

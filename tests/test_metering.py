@@ -9,13 +9,18 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from lightning_lora import functional, inject_lora
+from lightning_lora import functional, inject_lora, scratch
 from lightning_lora.kernels import kernels_of
 from lightning_lora.metering import LiveStorages, StepMemory, fake_model, meter_step
 from tests.models import TiedHead, hugging_face
 
 ROWS, TOKENS = 3, 8
 MODELS = ("bert", "llama", "gpt2", "roberta", "opt")
+
+
+@pytest.fixture(autouse=True)
+def no_memory_from_earlier_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "_scratch", lambda like, dtype: None)
 
 
 def _model(name: str, device: str, lora: float | None, checkpointing: bool) -> nn.Module:

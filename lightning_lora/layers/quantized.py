@@ -12,8 +12,9 @@ from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 from torch import Tensor, nn
 
 from lightning_lora.dropout import draw_dropped, zero_dropped
-from lightning_lora.functional import delta_weight, lora_linear_grads
+from lightning_lora.functional import delta_weight
 from lightning_lora.layers.base import LoRALayer, register_layer
+from lightning_lora.projections import factors_in, projection_grads, skinny
 from lightning_lora.quantization import dequantized, weight_shape
 
 
@@ -139,18 +140,18 @@ def _lora_quantized(
 def _forward(
     x: Tensor, layer: _LoRAQuantized, A: Tensor, B: Tensor, dropped: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor, torch.dtype]:
-    """The output in the dtype of the computation, ``H = A X^T``, and the dtype to return."""
+    """The output in the dtype of the computation, ``H = X A^T``, and the dtype to return."""
     out = layer.base_forward(x)
     dtype = out.dtype
     rows = math.prod(x.shape[:-1])
     adapter_in = x.to(dtype) if dropped is None else zero_dropped(x.to(dtype), dropped)
     # Cast back: autocast may not have had its way with the base's output, and has it with this.
-    hidden_t = torch.mm(A.to(dtype), adapter_in.reshape(rows, x.shape[-1]).t()).to(dtype)
+    hidden = skinny(adapter_in.reshape(rows, x.shape[-1]), A.to(dtype)).to(dtype)
     flat = out.reshape(rows, out.shape[-1])
-    flat.addmm_(hidden_t.t(), B.to(dtype).t(), alpha=scaling)
+    flat.addmm_(hidden, B.to(dtype).t(), alpha=scaling)
     # Autograd refuses in-place changes of a custom function's output when it is a view.
     whole = torch.ops.aten._unsafe_view(flat, out.shape)
-    return whole, hidden_t, x.dtype if layer.keeps_dtype else dtype
+    return whole, hidden, x.dtype if layer.keeps_dtype else dtype
 
 
 class _LoRAQuantizedLinear(torch.autograd.Function):
@@ -167,8 +168,8 @@ class _LoRAQuantizedLinear(torch.autograd.Function):
         scaling: float,
         layer: _LoRAQuantized,
     ) -> Tensor:
-        out, hidden_t, dtype = _forward(x, layer, A, B, dropped, scaling)
-        ctx.save_for_backward(x, A, B, hidden_t, dropped)
+        out, hidden, dtype = _forward(x, layer, A, B, dropped, scaling)
+        ctx.save_for_backward(x, A, B, hidden, dropped)
         # Not the weight: what holds it between two passes (a sharded unit, say) may free it.
         ctx.layer, ctx.scaling, ctx.dtype = layer, scaling, out.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -177,20 +178,25 @@ class _LoRAQuantizedLinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, A, B, hidden_t, dropped = ctx.saved_tensors
-        needs_x, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:4]
+        x, A, B, hidden, dropped = ctx.saved_tensors
+        needs_x, needs_bias, needs_A, _ = ctx.needs_input_grad[:4]
         weight = dequantized(ctx.layer, ctx.dtype) if needs_x else None
-        grad_x, grad_A, grad_B = lora_linear_grads(
-            grad,
-            x,
-            weight,
-            A,
-            B,
-            hidden_t,
-            dropped,
-            ctx.scaling,
-            ctx.dtype,
-            (needs_x, False, False, needs_A, needs_B),
+        factor, scaled = factors_in(ctx.dtype, [A], [B], [ctx.scaling])
+        grad_x, (grad_A,), (grad_B,) = projection_grads(
+            x.shape,
+            x.to(ctx.dtype) if needs_A else None,
+            hidden,
+            [weight],
+            factor,
+            scaled,
+            [dropped],
+            [ctx.scaling],
+            [grad],
+            needs_x,
+        )
+        grad_x, grad_A, grad_B = (
+            grad if grad is None else grad.to(own.dtype)
+            for grad, own in ((grad_x, x), (grad_A, A), (grad_B, B))
         )
         grad_bias = None
         if needs_bias:

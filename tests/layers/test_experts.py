@@ -105,7 +105,9 @@ def test_from_injection_to_removal(name: str, dtype: torch.dtype) -> None:
         before["model.layers.1.mlp.experts.down_proj"],
     )
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
-    torch.testing.assert_close(output(model), adapted, atol=tolerance, rtol=tolerance)
+    tokens = torch.isclose(output(model), adapted, atol=tolerance, rtol=tolerance).all(-1)
+    # In bfloat16 a token near a tie may be sent to another expert.
+    assert tokens.float().mean() >= (1 if dtype == torch.float32 else 0.9)
     unmerge_lora(model)
     assert torch.equal(output(model), adapted)
     remove_lora(model)

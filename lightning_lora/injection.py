@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, TargetError
 from lightning_lora.freezing import freeze
-from lightning_lora.layers import LoRAFactors, LoRALayer, adapted_class
+from lightning_lora.layers import LoRAFactors, LoRALayer, LoRALinear, adapted_class
+from lightning_lora.layers.siblings import join_siblings
 from lightning_lora.loftq import initialize_from_error
 from lightning_lora.names import clean_name, modules_by_name, persistent_buffers, unwrap
 from lightning_lora.plan import Plan
@@ -163,6 +164,7 @@ def inject_lora(
         if target.tied_to is None and is_sharded(weight):
             # The units are fixed by now, and the factors belong to none of them.
             shard_alike(module.lora, weight)
+    _join_siblings(modules, plan)
     record.nested_tensors = _leave_fast_paths(model)
     record.repacked = repacked
     setattr(unwrap(model), ATTRIBUTE, record)
@@ -232,6 +234,16 @@ def _build_factors(
             zero=adapted.zero_factor,
         ).train(module.training)
     return factors
+
+
+def _join_siblings(modules: dict[str, nn.Module], plan: Plan) -> None:
+    by_parent: dict[str, list[nn.Module]] = {}
+    for target in plan.targets:
+        module = modules[target.name]
+        if type(module) is LoRALinear:
+            by_parent.setdefault(target.name.rpartition(".")[0], []).append(module)
+    for layers in by_parent.values():
+        join_siblings(layers)
 
 
 def _refuse_tensor_parallel(model: nn.Module, plan: Plan) -> None:

@@ -6,6 +6,7 @@ from torch import nn
 
 from lightning_lora.freezing import release, remove_hook
 from lightning_lora.injection import ATTRIBUTE, no_fast_path, require_injection, restore_class
+from lightning_lora.layers.siblings import part_siblings
 from lightning_lora.merging import unmerge_lora
 from lightning_lora.names import modules_by_name, unwrap
 from lightning_lora.quantization import allow_repacking
@@ -28,6 +29,7 @@ def remove_lora(model: nn.Module) -> None:
         module = modules[target.name]
         restore_class(module)
         del module.lora
+        part_siblings(module)
     for module in modules.values():
         if isinstance(module, nn.TransformerEncoderLayer):
             remove_hook(module, no_fast_path)

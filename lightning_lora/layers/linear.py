@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from lightning_lora.functional import delta_weight, lora_linear
 from lightning_lora.layers.base import LoRALayer, register_layer
+from lightning_lora.layers.siblings import Siblings
 
 
 @register_layer
@@ -36,5 +38,15 @@ class LoRALinear(LoRALayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(..., in_features)`` to ``(..., out_features)``."""
+        siblings: Siblings | None = self.__dict__.get("siblings")
+        if siblings is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return self._alone(input)
+        out = siblings.output(self, input)
+        if out is None:
+            out = self._alone(input)
+            siblings.note(self, out)
+        return out
+
+    def _alone(self, input: Tensor) -> Tensor:
         out: Tensor = self.lora(lora_linear, input, self.weight, self.bias)
         return out

@@ -1,0 +1,281 @@
+"""Layers of one input run as one, and everything that must not change by it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_lora import functional, inject_lora, merge_lora, remove_lora, unmerge_lora
+from tests.models import hugging_face, shake
+
+
+class Attention(nn.Module):
+    """Query, key and value read x; the output projection something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(12, 8), nn.Linear(12, 4), nn.Linear(12, 4, bias=False)
+        self.o = nn.Linear(8, 12)
+
+    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        memory = x if memory is None else memory
+        q, k, v = self.q(x), self.k(memory), self.v(memory)
+        return self.o(torch.tanh(q) * torch.cat([k, v], -1))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Attention(), Attention()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def adapted(**settings: Any) -> Net:
+    torch.manual_seed(0)
+    model = Net()
+    inject_lora(model, seed=1, **{"r": 2, "alpha": 6, **settings})
+    shake(model)
+    return model
+
+
+def apart(model: Net) -> Net:
+    """A copy whose layers run alone."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        module.__dict__.pop("siblings", None)
+    return model
+
+
+def inputs() -> Tensor:
+    return torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(3))
+
+
+def grads(model: nn.Module, x: Tensor, passes: int = 1) -> dict[str, Tensor]:
+    """Gradients of the last of some passes, and its output."""
+    for _ in range(passes):
+        model.zero_grad()
+        x = x.detach().requires_grad_()
+        out = model(x)
+        (out * torch.linspace(-1, 2, out.numel()).reshape(out.shape)).sum().backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {**found, "x": x.grad, "out": out.detach()}  # type: ignore[dict-item]
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys() and len(expected) > 3
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many layers each call of `lora_linears` computes."""
+    counts: list[int] = []
+    original = functional.lora_linears
+
+    def counting(x: Tensor, projections: Any) -> Any:
+        counts.append(len(projections))
+        return original(x, projections)
+
+    monkeypatch.setattr(functional, "lora_linears", counting)
+    monkeypatch.setattr("lightning_lora.layers.siblings.lora_linears", counting)
+    return counts
+
+
+def test_layers_of_one_input_are_found_and_give_the_same(joined: list[int]) -> None:
+    model = adapted(bias="all")
+    expected = grads(apart(model), inputs())
+    assert joined == [1] * 8
+    joined.clear()
+    for passes, counts in ((1, [1] * 8), (1, [3, 1] * 2), (2, [3, 1] * 4)):
+        assert_same(grads(model, inputs(), passes), expected)
+        assert joined == counts
+        joined.clear()
+
+
+def test_a_part_of_the_layers_is_adapted(joined: list[int]) -> None:
+    model = adapted(target_modules=["q", "v"])
+    expected = grads(apart(model), inputs())
+    joined.clear()
+    assert_same(grads(model, inputs(), 3), expected)
+    assert joined == [1] * 4 + [2] * 4
+
+
+def test_another_input_for_some_of_them(joined: list[int]) -> None:
+    model = adapted().blocks[0]
+    memory = torch.randn(2, 5, 12)
+    expected = [apart(model)(inputs(), each) for each in (None, memory)]  # type: ignore[arg-type]
+    for _ in range(3):
+        torch.testing.assert_close(model(inputs(), memory), expected[1])
+    joined.clear()
+    model(inputs(), memory)
+    assert joined == [1, 2, 1]
+    # The query's input is that of the others too, this time.
+    torch.testing.assert_close(model(inputs()), expected[0])
+
+
+def test_outputs_that_nobody_asks_for_are_let_go(joined: list[int]) -> None:
+    model, x = adapted().blocks[0], inputs()
+    expected = apart(model).q(x)  # type: ignore[arg-type, operator]
+    model(x)
+    model(x)
+    joined.clear()
+    for _ in range(3):
+        torch.testing.assert_close(model.q(x), expected)  # type: ignore[operator]
+    assert joined == [3] * 3
+    torch.testing.assert_close(model(x), apart(model)(x))  # type: ignore[arg-type]
+    assert not model.q.siblings.ready  # type: ignore[union-attr]
+
+
+def test_two_forward_passes_before_their_backward_passes(joined: list[int]) -> None:
+    """What was computed alone is computed alone again inside its backward pass."""
+    model = adapted()
+
+    def run(x: Tensor) -> Tensor:
+        for block in model.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x.sum()
+
+    for counts in ([1] * 8, [3, 1, 3, 1]):
+        joined.clear()
+        losses = [run(inputs()), run(2 * inputs())]
+        assert joined == counts * 2
+        sum(losses).backward()  # type: ignore[union-attr]
+        assert joined == counts * 4
+
+
+def test_an_input_that_was_changed_in_between() -> None:
+    block = adapted().blocks[0]
+    block(inputs())
+    block(inputs())
+    x = inputs()
+    block.q(x)  # type: ignore[operator]
+    x.mul_(2)
+    torch.testing.assert_close(block.k(x), apart(block).k(x))  # type: ignore
+
+
+def test_hooks_of_every_layer_run_and_may_replace_input_and_output() -> None:
+    model, seen = adapted(), []
+    for name, module in model.named_modules():
+        if name.endswith((".q", ".k", ".v")):
+            module.register_forward_hook(lambda m, a, out, name=name: seen.append(name) or 2 * out)
+            if name.endswith("k"):
+                module.register_forward_pre_hook(lambda m, a: (a[0] + 1,))
+    expected = grads(apart(model), inputs())
+    seen.clear()
+    assert_same(grads(model, inputs(), 3), expected)
+    assert len(seen) == 3 * 6
+
+
+def test_hooks_on_the_factors_run(joined: list[int]) -> None:
+    model, seen = adapted(), []
+    model(inputs())
+    model.blocks[0].k.lora.register_forward_hook(lambda *_: seen.append(1))  # type: ignore
+    joined.clear()
+    model(inputs())
+    assert seen and joined == [1] * 4 + [3, 1]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_under_activation_checkpointing(reentrant: bool) -> None:
+    model = adapted()
+    expected = grads(apart(model), inputs())
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.net.blocks:
+                x = x + checkpoint(block, x, use_reentrant=reentrant)  # type: ignore[operator]
+            return x
+
+    found = grads(Checkpointed(), inputs(), 3)
+    assert_same({name.removeprefix("net."): value for name, value in found.items()}, expected)
+    assert not any(block.q.siblings.ready for block in model.blocks)  # type: ignore
+
+
+def test_dropout_draws_a_mask_for_each_layer(joined: list[int]) -> None:
+    model = adapted(dropout=0.3)
+    x = inputs()
+    outs = []
+    for _ in range(300):
+        outs.append(model(x).detach())
+    assert 3 in joined
+    # On average it is the model without dropout; the update of each layer varies.
+    block, evaluated = model.blocks[0], apart(model).eval().blocks[0]
+    means = {}
+    for name in ("q", "k", "v"):
+        layer, plain = getattr(block, name), getattr(evaluated, name)
+        draws = torch.stack([layer(x).detach() for _ in range(400)])
+        means[name] = draws.mean(0)
+        assert (draws - draws[0]).abs().max() > 0.01
+        error = (means[name] - plain(x)).abs().max()
+        assert error < 0.2 * (draws.std(0).max() + 1e-3) + 0.05
+
+
+def test_copies_and_pickles_are_on_their_own() -> None:
+    model = adapted()
+    model(inputs())
+    model(inputs())
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        expected = grads(apart(other), inputs())
+        assert_same(grads(other, inputs(), 3), expected)
+        assert other.blocks[0].q.siblings.layers[0] is other.blocks[0].q
+        assert other.blocks[0].q.siblings is not model.blocks[0].q.siblings  # type: ignore
+
+
+def test_merging_removing_and_training_again() -> None:
+    model = adapted()
+    expected = grads(model, inputs(), 3)
+    merge_lora(model)
+    torch.testing.assert_close(model(inputs()), expected["out"], rtol=1e-5, atol=1e-5)
+    unmerge_lora(model)
+    assert_same(grads(model, inputs(), 2), expected)
+    remove_lora(model)
+    assert not any("siblings" in module.__dict__ for module in model.modules())
+
+
+def test_without_gradients_every_layer_computes_for_itself(joined: list[int]) -> None:
+    model = adapted()
+    model(inputs())
+    model(inputs())
+    joined.clear()
+    for _ in range(2):
+        with torch.no_grad():
+            model(inputs())
+    assert joined == [1] * 16
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_hugging_face_model(name: str, dtype: torch.dtype, joined: list[int]) -> None:
+    model = hugging_face(name).to(dtype)
+    inject_lora(model, r=2, alpha=6, seed=0)
+    shake(model)
+    alone = copy.deepcopy(model)
+    for module in alone.modules():
+        module.__dict__.pop("siblings", None)
+    ids = torch.randint(3, 40, (2, 7), generator=torch.Generator().manual_seed(0))
+    found = []
+    for each in (alone, model, model):
+        each.zero_grad()
+        joined.clear()
+        each(input_ids=ids)[0].float().pow(2).mean().backward()
+        found.append({n: p.grad for n, p in each.named_parameters() if p.grad is not None})
+    assert 3 in joined
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    for key, expected in found[0].items():
+        error = (found[2][key] - expected).norm() / (expected.norm() + 1e-6)
+        assert error < tolerance, key

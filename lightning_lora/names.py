@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 # torch.compile, activation checkpointing and FSDP1 each put a level of their own into names.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_MARKS = re.compile("|".join(_WRAPPERS))
 
 
 def clean_name(name: str) -> str:
@@ -17,6 +19,8 @@ def clean_name(name: str) -> str:
     >>> clean_name("model._orig_mod.layer.weight")
     'model.layer.weight'
     """
+    if not _MARKS.search(name):
+        return name
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 

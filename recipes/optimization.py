@@ -56,6 +56,7 @@ def build_optimizer(
     learning_rate: float,
     weight_decay: float,
     lora_plus_ratio: float | None = None,
+    fused: bool = False,
 ) -> torch.optim.Optimizer:
     """Build the user's optimizer, or AdamW, over the parameters that are trained.
 
@@ -65,6 +66,7 @@ def build_optimizer(
         learning_rate: AdamW's learning rate; a given optimizer brings its own.
         weight_decay: AdamW's decay of matrices; a given optimizer brings its own.
         lora_plus_ratio: Learning rate of the factors B as a multiple of that of everything else.
+        fused: Whether AdamW updates all parameters in one kernel.
 
     Raises:
         ConfigError: If nothing is trained, or the ratio is given and there are no factors.
@@ -83,7 +85,8 @@ def build_optimizer(
     if optimizer is not None:
         built = optimizer(groups)
     else:
-        built = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=weight_decay)
+        settings: dict[str, Any] = {"fused": True} if fused else {}
+        built = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=weight_decay, **settings)
     # Only now is the rate known that an optimizer of the user's brings.
     for group in built.param_groups:
         group["lr"] *= group.pop("lr_ratio", 1.0)

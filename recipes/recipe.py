@@ -114,6 +114,13 @@ class RecipeModule(LightningModule):
     def _precision(self) -> str | None:
         return None if self._trainer is None else str(self._trainer.precision)
 
+    @property
+    def _fuses_updates(self) -> bool:
+        # Gradients that a fused optimizer unscales cannot be clipped before.
+        scaled = self._precision == "16-mixed"
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return not scaled and all(p.device.type in ("cpu", "cuda") for p in trained)
+
     def load_options(self) -> dict[str, Any]:
         """Return what every recipe passes on to `load_model`."""
         strategy: Any = None if self._trainer is None else self._trainer.strategy
@@ -169,6 +176,7 @@ class RecipeModule(LightningModule):
             settings["learning_rate"],
             settings["weight_decay"],
             settings["lora_plus_ratio"],
+            fused=self._fuses_updates,
         )
         if self.lr_scheduler is not None:
             scheduler: Any = self.lr_scheduler(optimizer)

@@ -158,6 +158,9 @@ def inject_lora(
         weight = getattr(module, target.weights[0])
         module.lora = factors[target.tied_to or target.name]
         swap_class(module)
+        if target.dora and target.tied_to is None:
+            assert isinstance(module, LoRALayer)
+            module.lora.add_magnitude(module.measure())
         if target.tied_to is None and is_sharded(weight):
             # The units are fixed by now, and the factors belong to none of them.
             shard_alike(module.lora, weight)

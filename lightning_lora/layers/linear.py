@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
+from lightning_lora.dora import dora_linear
 from lightning_lora.functional import delta_weight, lora_linear
 from lightning_lora.layers.base import LoRALayer, register_layer
 
@@ -23,6 +26,7 @@ class LoRALinear(LoRALayer, nn.Linear):
     """
 
     base_class = nn.Linear
+    supports_dora: ClassVar[bool] = True
 
     @classmethod
     def factor_shapes(cls, module: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -36,5 +40,6 @@ class LoRALinear(LoRALayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(..., in_features)`` to ``(..., out_features)``."""
-        out: Tensor = self.lora(lora_linear, input, self.weight, self.bias)
+        update = lora_linear if self.lora.magnitude is None else dora_linear
+        out: Tensor = self.lora(update, input, self.weight, self.bias)
         return out

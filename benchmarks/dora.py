@@ -68,7 +68,9 @@ def methods(model: Any, dropout: float) -> dict[str, nn.Module]:
     return {name: each.train() for name, each in found.items()}
 
 
-def step_of(model: nn.Module, ids: torch.Tensor, autocast: bool) -> Callable[[], tuple[float, float]]:
+def step_of(
+    model: nn.Module, ids: torch.Tensor, autocast: bool
+) -> Callable[[], tuple[float, float]]:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 

@@ -164,7 +164,7 @@ def inject_lora(
         if target.tied_to is None and is_sharded(weight):
             # The units are fixed by now, and the factors belong to none of them.
             shard_alike(module.lora, weight)
-    record.nested_tensors = _leave_fast_paths(model)
+    record.nested_tensors = leave_fast_paths(model)
     record.repacked = repacked
     setattr(unwrap(model), ATTRIBUTE, record)
     freeze(model, plan)
@@ -246,7 +246,7 @@ def _refuse_tensor_parallel(model: nn.Module, plan: Plan) -> None:
             )
 
 
-def _leave_fast_paths(model: nn.Module) -> tuple[str, ...]:
+def leave_fast_paths(model: nn.Module) -> tuple[str, ...]:
     """Keep PyTorch's encoder layers from computing around the adapted layers in evaluation.
 
     Their fast path reads weights instead of calling layers; a hook anywhere below it turns it off.

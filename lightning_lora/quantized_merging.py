@@ -166,7 +166,7 @@ def merge_quantized(
                 delta = delta_weight(factors.A, factors.B, factors.scaling).to(weight.device)
                 trained = weight + delta
                 if factors.magnitude is not None:
-                    norm = weight_norm(weight, factors.A, factors.B, factors.scaling)
+                    norm = weight_norm(weight, *factors.pair(), factors.scaling)
                     trained = trained * direction_scale(factors.magnitude, norm)[:, None]
                     delta = trained - weight
             if read is None:

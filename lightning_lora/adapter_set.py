@@ -153,7 +153,7 @@ def set_adapter(model: nn.Module, adapter_name: str | None) -> None:
         adapter_name: The adapter's name.
 
     Raises:
-        ConfigError: The model has no adapter of this name.
+        ConfigError: The model has no adapter of this name, or is sharded.
     """
     known = _kept(model)
     active = active_adapter(model)
@@ -163,6 +163,7 @@ def set_adapter(model: nn.Module, adapter_name: str | None) -> None:
         _require(known, adapter_name)
     if adapter_name == active:
         return
+    _refuse_sharded(model)
     merged, base = False, None
     if active is not None:
         record = require_injection(model)
@@ -404,6 +405,7 @@ def _refuse_sharded(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if is_sharded(parameter) or hasattr(parameter, "_flat_param"):
             raise ConfigError(
-                f"{clean_name(name)!r} is sharded, and a sharded model has one adapter. Add "
-                "adapters to a model in one process, or before it is sharded."
+                f"{clean_name(name)!r} is sharded, and a sharded model keeps the adapter that it "
+                "has. Add, exchange and delete adapters in one process, or before the model is "
+                "sharded."
             )

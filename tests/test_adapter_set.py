@@ -321,3 +321,12 @@ def test_the_callback_trains_the_active_adapter(tmp_path: Path) -> None:
     add_adapter(again, "trained", tmp_path / "last.ckpt")
     assert_same(saved["state_dict"], adapter_state_dict(again))
     load_adapter(again, tmp_path / "last.ckpt")
+
+
+def test_a_sharded_model_keeps_its_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, expected = two()
+    monkeypatch.setattr("lightning_lora.adapter_set.is_sharded", lambda parameter: True)
+    for change in (lambda: set_adapter(model, "second"), lambda: add_adapter(model, "x", **FIRST)):
+        with pytest.raises(ConfigError, match="is sharded, and a sharded model keeps the adapter"):
+            change()
+    assert torch.equal(model(X), expected["first"])

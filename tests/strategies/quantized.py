@@ -23,6 +23,9 @@ RUNS = {
     "two-from-one": ("fsdp2", 2, "one", "32-true"),
     "two-bf16-true": ("fsdp2", 2, None, "bf16-true"),
     "one-from-two": ("auto", 1, "two", "32-true"),
+    "dora-one": ("auto", 1, None, "32-true"),
+    "dora-two": ("fsdp2", 2, None, "32-true"),
+    "dora-two-bf16-true": ("fsdp2", 2, None, "bf16-true"),
 }
 
 
@@ -66,6 +69,7 @@ def fit(root: Path, name: str) -> dict[str, Any]:
         target_modules=["up", "down"],
         verbose=False,
         modules_to_save=None,
+        use_dora=name.startswith("dora"),
         merge_on_fit_end=False,
     )
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=SAVE_AT, save_top_k=-1)

@@ -64,11 +64,6 @@ class Waiting:
     active: bool = True
 
 
-@dataclass
-class Temporary(Injection):
-    """What stands in the place of an active adapter for a while, and is none."""
-
-
 def add_adapter(
     model: nn.Module,
     adapter_name: str,
@@ -316,9 +311,11 @@ def _known(model: nn.Module) -> dict[str, Waiting]:
     record = injection_of(model)
     kept: dict[str, Waiting] = unwrap(model).__dict__.get(_SET, {})
     known = {name: each for name, each in kept.items() if not each.active or each.record is record}
-    if isinstance(record, Temporary):
-        return known
-    if record is not None and all(each.record is not record for each in known.values()):
+    if (
+        record is not None
+        and not record.by_row
+        and all(each.record is not record for each in known.values())
+    ):
         name = DEFAULT
         while name in known:
             name += "_"
@@ -328,8 +325,8 @@ def _known(model: nn.Module) -> dict[str, Waiting]:
 
 def _kept(model: nn.Module) -> dict[str, Waiting]:
     """The same, kept on the model itself, so that it travels with copies and pickles."""
-    if isinstance(injection_of(model), Temporary):
-        raise ConfigError("Inside adapter_per_row adapters cannot be added, exchanged or deleted.")
+    if injection_of(model) is not None:
+        require_injection(model)
     known = _known(model)
     kept: dict[str, Waiting] = unwrap(model).__dict__.setdefault(_SET, {})
     # The same object at every call: callers hold it while they exchange adapters.

@@ -61,6 +61,7 @@ class Injection:
         merge_dtype: The dtype of activations where no unquantized matrix of the model shows it.
         replaced: While merged, what each quantized layer was.
         hidden_flags: While merged, what made transformers take a module for a quantized one.
+        by_row: Whether it stands for the adapters of a batch's rows, and is none by itself.
     """
 
     config: LoRAConfig
@@ -77,6 +78,7 @@ class Injection:
     merge_dtype: torch.dtype | None = None
     replaced: dict[str, Replaced] = field(default_factory=dict)
     hidden_flags: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
+    by_row: bool = False
 
 
 def inject_lora(
@@ -181,13 +183,18 @@ def require_injection(model: nn.Module) -> Injection:
     """The record of what was injected into a model.
 
     Raises:
-        ConfigError: The model has no LoRA.
+        ConfigError: The model has no LoRA, or `lightning_lora.adapter_per_row` runs on it.
     """
     record = injection_of(model)
     if record is None:
         raise ConfigError(
             f"{type(model).__name__} has no LoRA. Call inject_lora on this very module first (not "
             "on a part of it or on a module around it)."
+        )
+    if record.by_row:
+        raise ConfigError(
+            "Inside adapter_per_row the model has no adapter of its own to work on. Leave the "
+            "context first."
         )
     return record
 

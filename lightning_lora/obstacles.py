@@ -8,6 +8,7 @@ from torch.nn.parameter import is_lazy
 from lightning_lora.errors import TargetError
 from lightning_lora.layers import LoRAFactors, LoRALayer, adapted_class, supported_layers
 from lightning_lora.names import clean_name
+from lightning_lora.quantization import is_unquantized
 
 
 def find_obstacles(
@@ -44,6 +45,11 @@ def _obstacle(
         return (
             f"DoRA is not available for {type(module).__name__}, whose forward takes no magnitude; "
             "leave it out with exclude_modules, or set use_dora to false"
+        )
+    if use_dora and is_unquantized(module):
+        return (
+            "its weight is quantized only when it is moved to its device, and magnitudes are "
+            "measured on the quantized one: move the model first"
         )
     if any(leaf not in module._parameters for leaf in adapted.weights(module)):
         return "its weight is computed by a parametrization, which a merge could not undo"

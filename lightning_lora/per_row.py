@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from lightning_lora.adapter_set import BASE, Temporary, Waiting, adapter_of, alone, attach
+from lightning_lora.adapter_set import BASE, Waiting, adapter_of, alone, attach
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError
 from lightning_lora.functional import lora_linear
+from lightning_lora.injection import Injection
 from lightning_lora.names import clean_name, listed, persistent_buffers
 from lightning_lora.plan import Plan, Target
 from lightning_lora.removal import remove_lora
@@ -71,10 +72,12 @@ def adapter_per_row(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
             )
             for layer in targets
         }
-        attach(model, _record(model, tuple(targets.values())), rows)
+        record = _record(model, tuple(targets.values()))
+        attach(model, record, rows)
         try:
             yield
         finally:
+            record.by_row = False
             remove_lora(model)
 
 
@@ -138,13 +141,6 @@ class _RowFactors(nn.Module):
         out: Tensor = lora(update, x, *inputs)
         return out
 
-    @property
-    def A(self) -> NoReturn:  # noqa: N802
-        """There are several."""
-        raise ConfigError("Inside adapter_per_row the model has no active adapter to work on.")
-
-    B = A
-
 
 def _update_alone(
     x: Tensor, dtype: torch.dtype, A: Tensor, B: Tensor, scaling: float, dropout: float
@@ -171,12 +167,13 @@ def _check(name: str, adapter: Waiting) -> None:
         )
 
 
-def _record(model: nn.Module, targets: tuple[Target, ...]) -> Temporary:
-    return Temporary(
+def _record(model: nn.Module, targets: tuple[Target, ...]) -> Injection:
+    return Injection(
         config=LoRAConfig(),
         plan=Plan(targets, (), (), (), (), 0),
         requires_grad=frozenset(
             clean_name(name) for name, p in model.named_parameters() if p.requires_grad
         ),
         buffers=persistent_buffers(model),
+        by_row=True,
     )

@@ -528,3 +528,15 @@ def test_tied_layers_share_a_magnitude() -> None:
     torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
     unmerge_lora(model)
     assert_same(base, snapshot(model))
+
+
+def test_magnitudes_are_measured_on_the_quantized_weight() -> None:
+    import bitsandbytes
+
+    layer = bitsandbytes.nn.Linear4bit(64, 32, quant_type="nf4")
+    with pytest.raises(TargetError, match="measured on the quantized one: move the model first"):
+        inject_lora(nn.Sequential(layer), use_dora=True, target_modules=["0"])
+    model = quantized_mlp("nf4")
+    inject_lora(model, use_dora=True, target_modules=["fc1"])
+    expected = model.fc1.base_weight(torch.float32).norm(dim=1)
+    torch.testing.assert_close(model.fc1.lora.magnitude.detach(), expected)

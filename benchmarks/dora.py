@@ -87,13 +87,30 @@ def step_of(
     return step
 
 
+def kept(model: nn.Module, ids: torch.Tensor, autocast: bool) -> float:
+    """MiB that autograd keeps for a backward pass, beside the model's own tensors."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        model(input_ids=ids, labels=ids)
+    return sum(storage.nbytes() for storage in storages.values()) / 2**20
+
+
 def measure(case: str, layers: int, tokens: int, rounds: int) -> dict[str, Any]:
     dtype, autocast, dropout = CASES[case]
     ids = torch.randint(0, 4096, (tokens // 256, 256), generator=torch.Generator().manual_seed(0))
-    steps = {
-        name: step_of(model, ids, autocast)
-        for name, model in methods(base(layers, dtype), dropout).items()
-    }
+    models = methods(base(layers, dtype), dropout)
+    steps = {name: step_of(model, ids, autocast) for name, model in models.items()}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for number in range(rounds + 2):
         for name, step in steps.items():
@@ -104,6 +121,8 @@ def measure(case: str, layers: int, tokens: int, rounds: int) -> dict[str, Any]:
     for name, taken in times.items():
         for part, values in zip(("forward", "step"), zip(*taken, strict=True), strict=True):
             row[f"{name} {part} ms"] = round(1000 * statistics.median(values), 1)
+    for name, model in models.items():
+        row[f"{name} kept MiB"] = round(kept(model, ids, autocast), 1)
     for part in ("forward", "step"):
         ratios = [
             ours[part == "step"] / theirs[part == "step"]

@@ -11,10 +11,8 @@ if TYPE_CHECKING:
     from lightning_lora.adapter_set import (
         active_adapter,
         adapter_names,
-        adapter_scaled,
         add_adapter,
         delete_adapter,
-        scale_adapter,
         set_adapter,
     )
     from lightning_lora.callback import LoRACallback
@@ -30,6 +28,7 @@ if TYPE_CHECKING:
     from lightning_lora.plan import Plan
     from lightning_lora.pretrained import pretrained_on_meta
     from lightning_lora.removal import remove_lora
+    from lightning_lora.scaling import adapter_scaled, scale_adapter
     from lightning_lora.state import adapter_state_dict, load_adapter_state_dict
     from lightning_lora.strategies import FSDP2Strategy
 
@@ -75,7 +74,7 @@ _HOMES = {
     "active_adapter": "lightning_lora.adapter_set",
     "adapter_names": "lightning_lora.adapter_set",
     "adapter_per_row": "lightning_lora.per_row",
-    "adapter_scaled": "lightning_lora.adapter_set",
+    "adapter_scaled": "lightning_lora.scaling",
     "adapter_state_dict": "lightning_lora.state",
     "add_adapter": "lightning_lora.adapter_set",
     "add_weighted_adapter": "lightning_lora.combining",
@@ -90,7 +89,7 @@ _HOMES = {
     "register_layer": "lightning_lora.layers",
     "remove_lora": "lightning_lora.removal",
     "save_adapter": "lightning_lora.interop",
-    "scale_adapter": "lightning_lora.adapter_set",
+    "scale_adapter": "lightning_lora.scaling",
     "set_adapter": "lightning_lora.adapter_set",
     "swap_adapter": "lightning_lora.interop",
     "unmerge_lora": "lightning_lora.merging",

@@ -201,57 +201,6 @@ def active_adapter(model: nn.Module) -> str | None:
     return next((name for name, each in _known(model).items() if each.record is record), None)
 
 
-def scale_adapter(model: nn.Module, factor: float) -> None:
-    """Weaken or strengthen the active adapter: its scaling becomes ``factor * alpha / r`` until
-    this is called again; 1 is as it was trained.
-
-    What is saved is the adapter without the factor, as in PEFT. With DoRA the factor is on the
-    update of the direction. A merged model is merged again from its exact base.
-
-    Args:
-        model: A model with an active adapter.
-        factor: Any finite number; 0 takes the update away, and leaves what trains in place.
-
-    Raises:
-        ConfigError: The model has no active adapter, or the factor is not finite.
-    """
-    if not torch.isfinite(torch.tensor(float(factor))):
-        raise ConfigError(f"factor must be a finite number, got {factor!r}")
-    record = require_injection(model)
-    merged = record.merged
-    unmerge_lora(model)
-    modules = modules_by_name(model)
-    for target in record.plan.targets:
-        lora: Any = unwrap(modules[target.name].lora)  # type: ignore[arg-type]
-        lora.scaling = factor * target.scaling
-    if merged:
-        merge_lora(model)
-
-
-@contextmanager
-def adapter_scaled(model: nn.Module, factor: float) -> Iterator[None]:
-    """`scale_adapter` for a while: inside, the scaling is multiplied by the factor, whatever it
-    was (PEFT's ``rescale_adapter_scale``).
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(4, 4))
-        >>> plan = add_adapter(model, "first", r=2, alpha=6, target_modules=["0"])
-        >>> with adapter_scaled(model, 0.5):
-        ...     model[0].lora.scaling
-        1.5
-        >>> model[0].lora.scaling
-        3.0
-    """
-    target = require_injection(model).plan.targets[0]
-    lora: Any = unwrap(modules_by_name(model)[target.name].lora)  # type: ignore[arg-type]
-    before = lora.scaling / target.scaling
-    scale_adapter(model, before * factor)
-    try:
-        yield
-    finally:
-        scale_adapter(model, before)
-
-
 def adapter_of(model: nn.Module, adapter_name: str) -> Waiting:
     """An adapter by its name.
 

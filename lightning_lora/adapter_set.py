@@ -11,31 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, ConfigError
-from lightning_lora.freezing import freeze
-from lightning_lora.injection import (
-    ATTRIBUTE,
-    Injection,
-    inject_lora,
-    injection_of,
-    leave_fast_paths,
-    require_injection,
-    swap_class,
-)
+from lightning_lora.injection import inject_lora, injection_of, require_injection
 from lightning_lora.interop import load_source, read_source
-from lightning_lora.merging import merge_lora, unmerge_lora
-from lightning_lora.names import clean_name, listed, modules_by_name, persistent_buffers, unwrap
+from lightning_lora.merging import merge_lora
+from lightning_lora.names import clean_name, unwrap
+from lightning_lora.parking import Waiting, activate, park, taken_from
 from lightning_lora.plan import Plan
-from lightning_lora.quantization import allow_repacking, keep_trainable
-from lightning_lora.removal import remove_lora
+from lightning_lora.quantization import allow_repacking
 from lightning_lora.sharded import is_sharded
 
 _SET = "_lightning_lora_adapters"
@@ -43,25 +32,6 @@ _SET = "_lightning_lora_adapters"
 BASE = "__base__"
 # The name that an adapter gets which was injected before the first one was added.
 DEFAULT = "default"
-
-
-@dataclass
-class Waiting:
-    """An adapter of a model; while it is active the model holds its factors and values too.
-
-    Attributes:
-        record: What was injected.
-        factors: The factors, by the name of their target.
-        base: The base's values of what the adapter trains in place.
-        trained: The adapter's values of the same, while it is not active.
-        active: Whether it is the one in the model.
-    """
-
-    record: Injection
-    factors: dict[str, nn.Module]
-    base: dict[str, Tensor] = field(default_factory=dict)
-    trained: dict[str, Tensor] = field(default_factory=dict)
-    active: bool = True
 
 
 def add_adapter(
@@ -120,7 +90,7 @@ def add_adapter(
     active = active_adapter(model)
     with _bare(model):
         inject_lora(model, config if read is None else read[0], seed=seed, initialize=read is None)
-        added = _of(model)
+        added = taken_from(model, fresh=True)
         # The layout of packed weights is held in place for all adapters together.
         held = (each.record.repacked for each in known.values())
         added.record.repacked = next(held, added.record.repacked)
@@ -128,9 +98,9 @@ def add_adapter(
             try:
                 load_source(model, read, str(source), strict_base)
             except CheckpointError:
-                _park(model, added)
+                park(model, added)
                 raise
-        _park(model, added)
+        park(model, added)
         known[adapter_name] = added
     if active is None:
         set_adapter(model, adapter_name)
@@ -163,9 +133,9 @@ def set_adapter(model: nn.Module, adapter_name: str | None) -> None:
     if active is not None:
         record = require_injection(model)
         merged, base = record.merged, record.merge_base
-        _park(model, known[active])
+        park(model, known[active])
     if adapter_name is not None:
-        _activate(model, known[adapter_name])
+        activate(model, known[adapter_name])
         if merged:
             merge_lora(model, base)
 
@@ -239,20 +209,6 @@ def _bare(model: nn.Module) -> Iterator[None]:
                 merge_lora(model, record.merge_base)
 
 
-def attach(model: nn.Module, record: Injection, factors: dict[str, nn.Module]) -> None:
-    """Put factors that were made before into a bare model, as `inject_lora` does with new ones."""
-    modules = modules_by_name(model)
-    keep_trainable(model)
-    for target in record.plan.targets:
-        module = modules[target.name]
-        device = getattr(module, target.weights[0]).device
-        module.lora = factors[target.name].to(device).train(module.training)
-        swap_class(module)
-    record.nested_tensors = leave_fast_paths(model)
-    setattr(unwrap(model), ATTRIBUTE, record)
-    freeze(model, record.plan)
-
-
 def _known(model: nn.Module) -> dict[str, Waiting]:
     """The model's adapters by name: also an active one that `inject_lora` has made, and no longer
     one that `remove_lora` has taken away.
@@ -268,7 +224,7 @@ def _known(model: nn.Module) -> dict[str, Waiting]:
         name = DEFAULT
         while name in known:
             name += "_"
-        known[name] = _of(model, adopted=True)
+        known[name] = taken_from(model, fresh=False)
     return known
 
 
@@ -283,59 +239,6 @@ def _kept(model: nn.Module) -> dict[str, Waiting]:
         del kept[name]
     kept.update(known)
     return kept
-
-
-def _of(model: nn.Module, adopted: bool = False) -> Waiting:
-    """The active adapter, of which nothing was trained yet, or was before it came among others."""
-    record, modules = require_injection(model), modules_by_name(model)
-    factors = {t.name: modules[t.name].lora for t in record.plan.targets}
-    names = {parameter.name for parameter in record.plan.trained}
-    if adopted:
-        return Waiting(record, factors)  # type: ignore[arg-type]
-    base = {
-        clean_name(name): parameter.detach().clone()
-        for name, parameter in model.named_parameters()
-        if clean_name(name) in names
-    }
-    return Waiting(record, factors, base | record.buffers)  # type: ignore[arg-type]
-
-
-def _park(model: nn.Module, adapter: Waiting) -> None:
-    """Take the active adapter out of the model; the exact base is left."""
-    missing = [p.name for p in adapter.record.plan.trained if p.name not in adapter.base]
-    if missing:
-        raise ConfigError(
-            f"The adapter that the model has trains base parameters in place ({listed(missing)}), "
-            "and their base values are not known any more, so it cannot be exchanged. Begin with "
-            "add_adapter on the bare model, and load the adapter from its checkpoint."
-        )
-    unmerge_lora(model)
-    remove_lora(model)
-    # A forward pass of the base alone would otherwise repack 4-bit weights, and round their scales.
-    keep_trainable(model)
-    adapter.trained = _exchange(model, adapter.base)
-    adapter.active = False
-
-
-def _activate(model: nn.Module, adapter: Waiting) -> None:
-    _exchange(model, adapter.trained)
-    attach(model, adapter.record, adapter.factors)
-    adapter.active = True
-
-
-@torch.no_grad()
-def _exchange(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Put other values into parameters and buffers, and return those that were there."""
-    if not values:
-        return {}
-    found: dict[str, Tensor] = {clean_name(n): p for n, p in model.named_parameters()}
-    found |= persistent_buffers(model)
-    before = {}
-    for name, value in values.items():
-        if name in found and not torch.equal(found[name].cpu(), value.cpu()):
-            before[name] = found[name].detach().clone()
-            found[name].copy_(value)
-    return {name: before.get(name, values[name]) for name in values}
 
 
 def _require(known: dict[str, Waiting], adapter_name: str) -> None:

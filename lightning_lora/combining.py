@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.adapter_set import Waiting, adapter_of, add_adapter
+from lightning_lora.adapter_set import adapter_of, add_adapter
 from lightning_lora.analysis import decompose_product
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError
 from lightning_lora.names import listed
+from lightning_lora.parking import Waiting
 from lightning_lora.plan import Plan, Target
 from lightning_lora.slices import Slices
 

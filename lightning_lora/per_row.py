@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from lightning_lora.adapter_set import BASE, Waiting, adapter_of, alone, attach
+from lightning_lora.adapter_set import BASE, adapter_of, alone
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError
 from lightning_lora.functional import lora_linear
 from lightning_lora.injection import Injection
 from lightning_lora.names import clean_name, listed, persistent_buffers
+from lightning_lora.parking import Waiting, attach
 from lightning_lora.plan import Plan, Target
 from lightning_lora.removal import remove_lora
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import statistics
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from lightning.pytorch import seed_everything
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import (
     adapter_state_dict,
@@ -362,6 +364,7 @@ TARGETS = {
     "net": (Net, ["embed", "conv1", "conv2", "fc"]),
     "gpt2": (lambda: hugging_face("gpt2"), ["c_attn", "c_fc"]),
     "llama": (lambda: hugging_face("llama"), ["q_proj", "down_proj", "embed_tokens"]),
+    "falcon": (lambda: hugging_face("falcon"), ["query_key_value", "dense"]),
 }
 
 
@@ -540,3 +543,67 @@ def test_magnitudes_are_measured_on_the_quantized_weight() -> None:
     inject_lora(model, use_dora=True, target_modules=["fc1"])
     expected = model.fc1.base_weight(torch.float32).norm(dim=1)
     torch.testing.assert_close(model.fc1.lora.magnitude.detach(), expected)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradient_checkpointing(autocast: bool, dropout: float) -> None:
+    model = mlp()
+    inject_lora(model, r=2, alpha=6, use_dora=True, dropout=dropout)
+    stir(model)
+    x, grads = torch.randn(4, 6, requires_grad=True), []
+    for run_model in (model, lambda x: checkpoint(model, x, use_reentrant=False)):
+        model.zero_grad()
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = run_model(x)
+        out.float().square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert len(grads[0]) == 9
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+
+
+def test_autocast_is_near_to_full_precision() -> None:
+    model = one(nn.Linear(64, 48))
+    stir(model)
+    x = torch.randn(20, 64)
+    exact = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x)
+    assert out.dtype == torch.bfloat16
+    assert (out.float() - exact).norm() < 0.01 * exact.norm()
+    (out.float() - exact).square().sum().backward()
+    assert model[0].lora.magnitude.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"]
+)
+def test_copies(duplicate: Any) -> None:
+    model = mlp()
+    inject_lora(model, r=2, alpha=6, use_dora=True)
+    stir(model)
+    twin, x = duplicate(model), torch.randn(3, 6)
+    expected = model(x)
+    stir(model)
+    assert torch.equal(twin(x), expected) and not torch.equal(model(x), expected)
+    twin = twin.bfloat16()
+    assert twin.fc1.lora.magnitude.dtype == torch.float32 and twin.fc1.weight.dtype != torch.float32
+
+
+def test_a_scaled_embedding_scales_its_magnitudes_too(tmp_path: Path) -> None:
+    model = hugging_face("gemma3")
+    inject_lora(model, r=4, alpha=10, use_dora=True, target_modules=["embed_tokens"])
+    stir(model)
+    layer, ids = model.model.embed_tokens, torch.arange(2, 9)[None]
+    assert layer.embed_scale != 1
+    with torch.no_grad():
+        found = layer(ids)
+        weight = (layer.weight + layer.delta_weight()) * layer.merge_scale(layer.weight)
+        torch.testing.assert_close(found, weight[ids] * layer.embed_scale)
+        base = run(hugging_face("gemma3"))
+    theirs = peft.PeftModel.from_pretrained(
+        hugging_face("gemma3"), save_adapter(model, tmp_path / "adapter")
+    )
+    torch.testing.assert_close(run(model), run(theirs.eval()), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(run(model), base, atol=1e-2)

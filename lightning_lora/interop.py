@@ -104,7 +104,11 @@ def load_adapter(model: nn.Module, path: str | Path, strict_base: bool = True) -
 
 def swap_adapter(model: nn.Module, path: str | Path) -> Plan:
     """Put another adapter in the place of the present one; a merged model is merged again, from its
-    exact base.
+    exact base, and is then bitwise what a fresh merge gives.
+
+    To go back and forth between adapters that stay in memory, see `lightning_lora.add_adapter`; of
+    several the active one is replaced, and the new one is called ``"default"`` where its settings
+    are others.
 
     Args:
         model: The module that LoRA was injected into.

@@ -24,6 +24,7 @@ from lightning_lora import (
     save_adapter,
     scale_adapter,
     set_adapter,
+    swap_adapter,
     unmerge_lora,
 )
 from lightning_lora.errors import CheckpointError, ConfigError, TargetError
@@ -330,3 +331,15 @@ def test_a_sharded_model_keeps_its_adapter(monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(ConfigError, match="is sharded, and a sharded model keeps the adapter"):
             change()
     assert torch.equal(model(X), expected["first"])
+
+
+def test_swapping_replaces_the_active_adapter(tmp_path: Path) -> None:
+    model, expected = two()
+    set_adapter(model, "second")
+    saved = save_adapter(model, tmp_path / "second")
+    set_adapter(model, "first")
+    swap_adapter(model, saved)
+    assert adapter_names(model) == ("second", "default") and active_adapter(model) == "default"
+    assert torch.equal(model(X), expected["second"])
+    set_adapter(model, None)
+    assert_same(snapshot(mlp()), snapshot(model))

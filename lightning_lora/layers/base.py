@@ -141,8 +141,8 @@ def register_layer(adapted: type[LoRALayer]) -> type[LoRALayer]:
     shapes of its factors, its forward and the update of its weight, as below. A and B are used
     inside the call of ``self.lora`` alone, which is where a sharded model has gathered them.
 
-    DoRA is refused on a layer of another kind unless it sets ``supports_dora``, and its update takes
-    the magnitude behind B (see `LoRAFactors.forward`).
+    DoRA is refused on a layer of another kind unless it sets ``supports_dora``, and its update
+    takes the magnitude behind B (see `LoRAFactors.forward`).
 
     Args:
         adapted: A subclass of `LoRALayer` and of its own ``base_class``.

@@ -20,6 +20,7 @@ from lightning_lora.merging import unmerge_lora
 from lightning_lora.names import clean_name, listed, modules_by_name, persistent_buffers, unwrap
 from lightning_lora.quantization import keep_trainable
 from lightning_lora.removal import remove_lora
+from lightning_lora.state import trained_shapes
 
 
 @dataclass
@@ -65,7 +66,9 @@ def park(model: nn.Module, adapter: Waiting) -> None:
     Raises:
         ConfigError: The base's values of what the adapter trains in place are not known.
     """
-    missing = [p.name for p in adapter.record.plan.trained if p.name not in adapter.base]
+    factors = tuple(f"{target.name}.lora." for target in adapter.record.plan.targets)
+    in_place = (n for n in trained_shapes(adapter.record) if not n.startswith(factors))
+    missing = [name for name in in_place if name not in adapter.base]
     if missing:
         raise ConfigError(
             f"The adapter that the model has trains base parameters in place ({listed(missing)}), "

@@ -8,7 +8,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_lora.adapter_set import (
+        active_adapter,
+        adapter_names,
+        add_adapter,
+        delete_adapter,
+        set_adapter,
+    )
     from lightning_lora.callback import LoRACallback
+    from lightning_lora.combining import add_weighted_adapter
     from lightning_lora.comparison import validate_merged
     from lightning_lora.config import LoRAConfig
     from lightning_lora.fused import register_fused
@@ -17,9 +25,11 @@ if TYPE_CHECKING:
     from lightning_lora.layers import LoRALayer, register_layer
     from lightning_lora.loading import load_lightning_module
     from lightning_lora.merging import merge_lora, unmerge_lora
+    from lightning_lora.per_row import adapter_per_row
     from lightning_lora.plan import Plan
     from lightning_lora.pretrained import pretrained_on_meta
     from lightning_lora.removal import remove_lora
+    from lightning_lora.scaling import adapter_scaled, scale_adapter
     from lightning_lora.state import adapter_state_dict, load_adapter_state_dict
     from lightning_lora.strategies import FSDP2Strategy
 
@@ -31,7 +41,14 @@ __all__ = [
     "LoRAConfig",
     "LoRALayer",
     "Plan",
+    "active_adapter",
+    "adapter_names",
+    "adapter_per_row",
+    "adapter_scaled",
     "adapter_state_dict",
+    "add_adapter",
+    "add_weighted_adapter",
+    "delete_adapter",
     "inject_lora",
     "load_adapter",
     "load_adapter_state_dict",
@@ -42,6 +59,8 @@ __all__ = [
     "register_layer",
     "remove_lora",
     "save_adapter",
+    "scale_adapter",
+    "set_adapter",
     "swap_adapter",
     "unmerge_lora",
     "validate_merged",
@@ -54,7 +73,14 @@ _HOMES = {
     "LoRAConfig": "lightning_lora.config",
     "LoRALayer": "lightning_lora.layers",
     "Plan": "lightning_lora.plan",
+    "active_adapter": "lightning_lora.adapter_set",
+    "adapter_names": "lightning_lora.adapter_set",
+    "adapter_per_row": "lightning_lora.per_row",
+    "adapter_scaled": "lightning_lora.scaling",
     "adapter_state_dict": "lightning_lora.state",
+    "add_adapter": "lightning_lora.adapter_set",
+    "add_weighted_adapter": "lightning_lora.combining",
+    "delete_adapter": "lightning_lora.adapter_set",
     "inject_lora": "lightning_lora.injection",
     "load_adapter": "lightning_lora.interop",
     "load_adapter_state_dict": "lightning_lora.state",
@@ -65,6 +91,8 @@ _HOMES = {
     "register_layer": "lightning_lora.layers",
     "remove_lora": "lightning_lora.removal",
     "save_adapter": "lightning_lora.interop",
+    "scale_adapter": "lightning_lora.scaling",
+    "set_adapter": "lightning_lora.adapter_set",
     "swap_adapter": "lightning_lora.interop",
     "unmerge_lora": "lightning_lora.merging",
     "validate_merged": "lightning_lora.comparison",

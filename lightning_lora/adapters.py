@@ -24,7 +24,8 @@ _TRANSPOSED = ("Conv1D", "Embedding")
 
 @dataclass(frozen=True)
 class Factors:
-    """A matrix W of the base that an adapter updates by ``s B A``.
+    """A matrix W of the base that an adapter updates by ``s B A``; with DoRA that is the update of
+    the direction, see `notes_of`.
 
     Attributes:
         A: Shape ``(r, in)``.
@@ -120,6 +121,20 @@ def read_adapter(path: str | Path) -> Adapter:
         factors,
         left_out,
     )
+
+
+def notes_of(adapter: Adapter) -> list[str]:
+    """What a reader of the numbers of its updates has to know.
+
+    What DoRA adds to a weight, ``m V / ||V|| - W0`` with ``V = W0 + s B A``, is no product of two
+    matrices; of such an adapter s B A alone is analysed, and magnitudes are tensors like others.
+    """
+    if not adapter.config.use_dora:
+        return []
+    return [
+        "DoRA: dW = s B A is the update of the direction alone, before each row is scaled to its "
+        "magnitude; what is added to W in all is no product of two matrices."
+    ]
 
 
 def labels_of(paths: Sequence[Path]) -> list[str]:

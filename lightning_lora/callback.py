@@ -77,7 +77,7 @@ class LoRACallback(Callback):
         modules_to_save: Modules that are trained whole; ``"auto"`` for the heads of Hugging Face
             task models.
         use_rslora: Scale by ``alpha / sqrt(r)``.
-        use_dora: Not available yet.
+        use_dora: Let a magnitude for each output feature train too (DoRA, arXiv:2402.09353).
         init: ``"kaiming"``, ``"gaussian"``, or ``"loftq"`` for a quantized base.
         merge_on_fit_end: Merge when a fit ends.
         merge_from: Merge the ``"last"`` weights, or those of the ``"best"`` checkpoint.

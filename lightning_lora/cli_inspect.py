@@ -110,6 +110,12 @@ def _print_inspection(found: Mapping[str, Any]) -> None:
     )
     for layer, reason in found["left_out"].items():
         print(f"Left out: {layer}: {reason}")
+    _print_notes(found)
+
+
+def _print_notes(found: Mapping[str, Any]) -> None:
+    for note in found["notes"]:
+        print(f"Note: {note}")
 
 
 def _print_difference(found: Mapping[str, Any]) -> None:
@@ -160,6 +166,7 @@ def _print_difference(found: Mapping[str, Any]) -> None:
             for row in found["other_tensors"]
         ],
     )
+    _print_notes(found)
 
 
 def _number(value: float | None) -> str:

@@ -44,8 +44,8 @@ class LoRAConfig:
         modules_to_save: Modules that are trained whole: a list of names, or ``"auto"`` for the
             newly initialised head of a Hugging Face task model, or ``None``.
         use_rslora: Scale by ``alpha / sqrt(r)``.
-        use_dora: Reserved for weight-decomposed adapters; not available yet, so ``True`` is
-            refused.
+        use_dora: Let a magnitude for each output feature train beside the update of the direction
+            (DoRA, arXiv:2402.09353): ``W = m (W0 + s B A) / ||W0 + s B A||``.
         init: Initialisation of A: ``"kaiming"`` (uniform, as in PEFT and loralib) or ``"gaussian"``
             (standard deviation ``1 / r``). B is zero. ``"loftq"`` starts both of a quantized base
             from the error of its quantization (arXiv:2310.08659), which needs the original weights'
@@ -151,8 +151,6 @@ class LoRAConfig:
         for name in ("train_layer_norms", "train_embeddings", "use_rslora", "use_dora"):
             if not isinstance(getattr(self, name), bool):
                 problems.append(f"{name} must be true or false, got {getattr(self, name)!r}")
-        if self.use_dora is True:
-            problems.append("use_dora is not available in this version: set it to false")
         return problems
 
 

@@ -64,6 +64,7 @@ class Injection:
         merge_dtype: The dtype of activations where no unquantized matrix of the model shows it.
         replaced: While merged, what each quantized layer was.
         hidden_flags: While merged, what made transformers take a module for a quantized one.
+        by_row: Whether it stands for the adapters of a batch's rows, and is none by itself.
     """
 
     config: LoRAConfig
@@ -80,6 +81,7 @@ class Injection:
     merge_dtype: torch.dtype | None = None
     replaced: dict[str, Replaced] = field(default_factory=dict)
     hidden_flags: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
+    by_row: bool = False
 
 
 def inject_lora(
@@ -161,11 +163,14 @@ def inject_lora(
         weight = getattr(module, target.weights[0])
         module.lora = factors[target.tied_to or target.name]
         swap_class(module)
+        if target.dora and target.tied_to is None:
+            assert isinstance(module, LoRALayer)
+            module.lora.add_magnitude(module.measure())
         if target.tied_to is None and is_sharded(weight):
             # The units are fixed by now, and the factors belong to none of them.
             shard_alike(module.lora, weight)
-    _join_siblings(modules, plan)
-    record.nested_tensors = _leave_fast_paths(model)
+    join_targets(modules, plan)
+    record.nested_tensors = leave_fast_paths(model)
     record.repacked = repacked
     setattr(unwrap(model), ATTRIBUTE, record)
     freeze(model, plan)
@@ -182,13 +187,18 @@ def require_injection(model: nn.Module) -> Injection:
     """The record of what was injected into a model.
 
     Raises:
-        ConfigError: The model has no LoRA.
+        ConfigError: The model has no LoRA, or `lightning_lora.adapter_per_row` runs on it.
     """
     record = injection_of(model)
     if record is None:
         raise ConfigError(
             f"{type(model).__name__} has no LoRA. Call inject_lora on this very module first (not "
             "on a part of it or on a module around it)."
+        )
+    if record.by_row:
+        raise ConfigError(
+            "Inside adapter_per_row the model has no adapter of its own to work on. Leave the "
+            "context first."
         )
     return record
 
@@ -236,7 +246,8 @@ def _build_factors(
     return factors
 
 
-def _join_siblings(modules: dict[str, nn.Module], plan: Plan) -> None:
+def join_targets(modules: dict[str, nn.Module], plan: Plan) -> None:
+    """Let adapted layers run as one where they read the same input."""
     by_parent: dict[str, list[nn.Module]] = {}
     for target in plan.targets:
         module = modules[target.name]
@@ -257,7 +268,7 @@ def _refuse_tensor_parallel(model: nn.Module, plan: Plan) -> None:
             )
 
 
-def _leave_fast_paths(model: nn.Module) -> tuple[str, ...]:
+def leave_fast_paths(model: nn.Module) -> tuple[str, ...]:
     """Keep PyTorch's encoder layers from computing around the adapted layers in evaluation.
 
     Their fast path reads weights instead of calling layers; a hook anywhere below it turns it off.

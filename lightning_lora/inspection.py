@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.adapters import Adapter, Factors
+from lightning_lora.adapters import Adapter, Factors, notes_of
 from lightning_lora.analysis import (
     Decomposition,
     decompose_product,
@@ -28,14 +28,15 @@ def inspect_adapter(adapter: Adapter) -> dict[str, Any]:
         Where it lies and its size in bytes, the settings, what is said about the base, epoch and
         step, the numbers of parameters, the numbers of each layer's update (`Spectrum`, those that
         moved most first, by the root mean square of the update's elements), the other trained
-        tensors, and the layers whose update is no product of two matrices.
+        tensors (magnitudes among them), the layers whose update is no product of two matrices, and
+        what else a reader has to know.
     """
     layers = [
         spectrum_of(name, factors, _delta(factors)).numbers()
         for name, factors in adapter.factors.items()
     ]
     others = _others(adapter)
-    factors = [t for name, t in adapter.state.items() if _is_factor(name)]
+    factors = [t for name, t in adapter.state.items() if _is_of_lora(name)]
     return {
         "path": str(adapter.path),
         "form": adapter.form,
@@ -45,7 +46,7 @@ def inspect_adapter(adapter: Adapter) -> dict[str, Any]:
         "settings": adapter.config.to_dict(),
         "parameters": {
             "factors": sum(t.numel() for t in factors),
-            "trained_whole": sum(t.numel() for n, t in others.items() if not _is_factor(n)),
+            "trained_whole": sum(t.numel() for n, t in others.items() if not _is_of_lora(n)),
         },
         "layers": sorted(layers, key=lambda row: -row["delta_rms"]),
         "other_tensors": [
@@ -53,6 +54,7 @@ def inspect_adapter(adapter: Adapter) -> dict[str, Any]:
             for name, tensor in others.items()
         ],
         "left_out": dict(adapter.left_out),
+        "notes": notes_of(adapter),
     }
 
 
@@ -64,7 +66,7 @@ def diff_adapters(first: Adapter, second: Adapter) -> dict[str, Any]:
         (``None`` if a fingerprint is not known); settings with other values; the layers that one of
         them alone adapts; of each common layer the norms of the updates, that of their difference,
         their cosine, and phi(1, 1) of the directions they read from; other trained tensors
-        likewise.
+        likewise; and what else a reader has to know.
     """
     prints = [adapter.base.get("fingerprint") for adapter in (first, second)]
     ours, theirs = first.config.to_dict(), second.config.to_dict()
@@ -90,6 +92,7 @@ def diff_adapters(first: Adapter, second: Adapter) -> dict[str, Any]:
         "only_second": only_second,
         "layers": sorted(layers, key=lambda row: -(row["relative_difference"] or 0)),
         "other_tensors": others,
+        "notes": list(dict.fromkeys([*notes_of(first), *notes_of(second)])),
     }
 
 
@@ -160,6 +163,10 @@ def _others(adapter: Adapter) -> dict[str, Tensor]:
 
 def _is_factor(name: str) -> bool:
     return name.endswith((".lora.A", ".lora.B"))
+
+
+def _is_of_lora(name: str) -> bool:
+    return _is_factor(name) or name.endswith(".lora.magnitude")
 
 
 def _norm(tensor: Tensor) -> float | None:

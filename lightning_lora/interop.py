@@ -37,7 +37,7 @@ from lightning_lora.state import (
 )
 
 # The settings, the state, and the metadata that only checkpoints have.
-_Adapter: TypeAlias = tuple[LoRAConfig, dict[str, Tensor], Mapping[str, Any] | None]
+Source: TypeAlias = tuple[LoRAConfig, dict[str, Tensor], Mapping[str, Any] | None]
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -99,12 +99,16 @@ def load_adapter(model: nn.Module, path: str | Path, strict_base: bool = True) -
         CheckpointError: The adapter is missing, damaged, or does not fit; the model is as it was
             before.
     """
-    return _load(model, _read(Path(path), model), str(path), strict_base)
+    return load_source(model, read_source(Path(path), model), str(path), strict_base)
 
 
 def swap_adapter(model: nn.Module, path: str | Path) -> Plan:
     """Put another adapter in the place of the present one; a merged model is merged again, from its
-    exact base.
+    exact base, and is then bitwise what a fresh merge gives.
+
+    To go back and forth between adapters that stay in memory, see `lightning_lora.add_adapter`; of
+    several the active one is replaced, and the new one is called ``"default"`` where its settings
+    are others.
 
     Args:
         model: The module that LoRA was injected into.
@@ -118,13 +122,13 @@ def swap_adapter(model: nn.Module, path: str | Path) -> Plan:
         CheckpointError: The new adapter is missing, damaged, or does not fit.
     """
     record = require_injection(model)
-    adapter = _read(Path(path), model)
+    adapter = read_source(Path(path), model)
     merged, old_config = record.merged, record.config
     old_state = {name: whole(tensor).clone() for name, tensor in adapter_state_dict(model).items()}
     if old_config != adapter[0]:
         remove_lora(model)
     try:
-        return _load(model, adapter, str(path), strict_base=True)
+        return load_source(model, adapter, str(path), strict_base=True)
     except CheckpointError:
         if injection_of(model) is None:
             inject_lora(model, old_config, initialize=False)
@@ -135,7 +139,8 @@ def swap_adapter(model: nn.Module, path: str | Path) -> Plan:
             merge_lora(model)
 
 
-def _load(model: nn.Module, adapter: _Adapter, source: str, strict_base: bool) -> Plan:
+def load_source(model: nn.Module, adapter: Source, source: str, strict_base: bool) -> Plan:
+    """The second half of `load_adapter`: put what `read_source` gave into a model."""
     config, state, metadata = adapter
     record = injection_of(model)
     plan = inject_lora(model, config, initialize=False)
@@ -154,7 +159,8 @@ def _load(model: nn.Module, adapter: _Adapter, source: str, strict_base: bool) -
     return plan
 
 
-def _read(path: Path, model: nn.Module) -> _Adapter:
+def read_source(path: Path, model: nn.Module) -> Source:
+    """The first half of `load_adapter`: read an adapter from disk, without changing the model."""
     if path.is_dir() and not is_directory(path):
         return _read_peft(path)
     checkpoint = read_checkpoint(path)
@@ -170,7 +176,7 @@ def _read(path: Path, model: nn.Module) -> _Adapter:
     return settings, state, {**metadata, "targets": targets, "base": base}
 
 
-def _read_peft(path: Path) -> _Adapter:
+def _read_peft(path: Path) -> Source:
     config, tensors = read_peft_files(path)
     state = from_peft_tensors(tensors)
     return from_peft_config(config, state, str(path)), state, None

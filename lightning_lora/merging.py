@@ -26,7 +26,8 @@ from lightning_lora.state import checkpoint_metadata
 
 @torch.no_grad()
 def merge_lora(model: nn.Module, base: str | None = None) -> MergeReport:
-    """Merge in place, ``W = W0 + s B A``, layer by layer; adapted layers become plain layers again.
+    """Merge in place, ``W = W0 + s B A`` (with DoRA ``m V / ||V||`` of that V), layer by layer;
+    adapted layers become plain layers again.
 
     The exact base weights are kept (on the CPU for weights on an accelerator), so `unmerge_lora`
     gives them back bit for bit. The factors stay in the model but leave its state dict, so that
@@ -125,13 +126,17 @@ def _merge_layer(
 ) -> None:
     with whole_factors(module.lora):
         updates = module.delta_weights()
+        scale = module.merge_scale(module.whole_weight()) if target.dora else None
     for leaf, update in updates.items():
         parameter = module._parameters[leaf]
         assert parameter is not None
         before, delta = local(parameter.detach()), part_of(update, parameter)
         # Summed in the wider dtype and rounded once; the old tensor is left as it is and becomes
         # the snapshot.
-        after = (before.to(delta.dtype) + delta.to(before.device)).to(before.dtype)
+        after = before.to(delta.dtype) + delta.to(before.device)
+        if scale is not None:
+            after *= part_of(scale.expand(parameter.shape), parameter)
+        after = after.to(before.dtype)
         if is_sharded(parameter):
             # The shard's memory belongs to a larger buffer, which has to change with it.
             before = before.to("cpu", copy=True)
@@ -194,7 +199,7 @@ def _refuse_non_finite(model: nn.Module, record: Injection) -> None:
     factors = {}
     for target in record.plan.targets:
         lora = modules[target.name].lora
-        for factor in ("A", "B"):
+        for factor in target.shapes():
             value = getattr(lora, factor)
             assert isinstance(value, Tensor)
             # The whole of it: every rank has to come to the same conclusion.
@@ -213,7 +218,7 @@ def factors_are_finite(record: Injection, factors: Mapping[str, Tensor]) -> None
         ConfigError: A factor holds NaN or infinity.
     """
     for target in record.plan.targets:
-        for factor in ("A", "B") if target.tied_to is None else ():
+        for factor in target.shapes() if target.tied_to is None else ():
             if not bool(torch.isfinite(factors[f"{target.name}.lora.{factor}"]).all()):
                 raise ConfigError(
                     f"Not merged: {target.name}.lora.{factor} holds NaN or infinity, so training "

@@ -8,20 +8,27 @@ from torch.nn.parameter import is_lazy
 from lightning_lora.errors import TargetError
 from lightning_lora.layers import LoRAFactors, LoRALayer, adapted_class, supported_layers
 from lightning_lora.names import clean_name
+from lightning_lora.quantization import is_unquantized
 
 
-def find_obstacles(modules: dict[str, nn.Module], dropout: float) -> dict[str, str | None]:
+def find_obstacles(
+    modules: dict[str, nn.Module], dropout: float, use_dora: bool = False
+) -> dict[str, str | None]:
     """What stands in the way of adapting each module, or ``None``.
 
     Args:
         modules: The model's modules by name.
         dropout: Dropout of the adapter's input.
+        use_dora: Whether the layers have to take a magnitude.
     """
-    return {name: _obstacle(name, module, modules, dropout) for name, module in modules.items()}
+    return {
+        name: _obstacle(name, module, modules, dropout, use_dora)
+        for name, module in modules.items()
+    }
 
 
 def _obstacle(
-    name: str, module: nn.Module, modules: dict[str, nn.Module], dropout: float
+    name: str, module: nn.Module, modules: dict[str, nn.Module], dropout: float, use_dora: bool
 ) -> str | None:
     if isinstance(module, (LoRALayer, LoRAFactors)):
         return "it has been adapted already"
@@ -34,13 +41,23 @@ def _obstacle(
         return why
     if (obstacle := adapted.obstacle(module, dropout)) is not None:
         return obstacle
+    if use_dora and not adapted.supports_dora:
+        return (
+            f"DoRA is not available for {type(module).__name__}, whose forward takes no magnitude; "
+            "leave it out with exclude_modules, or set use_dora to false"
+        )
+    if use_dora and is_unquantized(module):
+        return (
+            "its weight is quantized only when it is moved to its device, and magnitudes are "
+            "measured on the quantized one: move the model first"
+        )
     if any(leaf not in module._parameters for leaf in adapted.weights(module)):
         return "its weight is computed by a parametrization, which a merge could not undo"
     if hasattr(module, "lora"):
         return "it has an attribute called lora already"
     outer = attention_around(name, modules)
     if outer is not None:
-        why_not = _obstacle(outer, modules[outer], modules, dropout)
+        why_not = _obstacle(outer, modules[outer], modules, dropout, use_dora)
         if why_not is not None:
             return f"it is run by {outer!r}, which cannot be adapted: {why_not}"
     if "forward" in module.__dict__:

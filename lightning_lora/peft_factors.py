@@ -13,6 +13,8 @@ from lightning_lora.errors import CheckpointError
 from lightning_lora.layers import LoRAExperts, adapted_class
 from lightning_lora.plan import Target
 
+PEFT_MAGNITUDE = ".lora_magnitude_vector"
+
 
 def peft_multiple(module: nn.Module, target: Target) -> int:
     """How often the rank r goes into the rank that the layer has in PEFT.
@@ -44,6 +46,11 @@ def refuse_for_peft(module: nn.Module, target: Target) -> None:
         )
     if not isinstance(module, _ConvNd):
         return
+    if target.dora and module.groups > 1:
+        raise CheckpointError(
+            f"PEFT has no DoRA for grouped convolutions, and {target.name!r} has groups="
+            f"{module.groups}. Export the merged model."
+        )
     if any(step != 1 for step in module.dilation) or module.padding_mode != "zeros":
         raise CheckpointError(
             f"PEFT leaves dilation and padding_mode out of the factors of a convolution, and "
@@ -67,9 +74,13 @@ def peft_factors(
     Args:
         module: The adapted layer, or what it is without LoRA.
         target: Its target.
-        leaf: ``"A"`` or ``"B"``.
+        leaf: ``"A"``, ``"B"`` or ``"magnitude"``.
         value: The factor, whole.
     """
+    if leaf == "magnitude":
+        ones = (1,) * len(module.kernel_size) if isinstance(module, _ConvNd) else None
+        yield PEFT_MAGNITUDE[1:], value if ones is None else value.reshape(1, -1, *ones)
+        return
     slices = target.slices
     if slices is not None and peft_parameters(module, target):
         sizes = slices.adapted_widths() if leaf == "A" else [rows for _, rows in slices.parts]

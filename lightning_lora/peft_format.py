@@ -15,6 +15,7 @@ from lightning_lora.injection import require_injection
 from lightning_lora.matching import key_matches, suffix_matches
 from lightning_lora.names import modules_by_name
 from lightning_lora.peft_factors import (
+    PEFT_MAGNITUDE,
     attention_of,
     joined,
     peft_alpha,
@@ -28,7 +29,6 @@ from lightning_lora.peft_factors import (
 _PREFIX = "base_model.model."
 # Settings of PEFT that change the mathematics and have no counterpart here.
 _UNSUPPORTED = (
-    "use_dora",
     "layers_to_transform",
     "layer_replication",
     "trainable_token_indices",
@@ -148,7 +148,7 @@ def to_peft_config(model: nn.Module, prefix: str = "") -> dict[str, Any]:
         "alpha_pattern": alphas,
         "bias": config.bias,
         "use_rslora": config.use_rslora,
-        "use_dora": False,
+        "use_dora": config.use_dora,
         "modules_to_save": trained_whole or None,
         "fan_in_fan_out": any(target.kind == "Conv1D" for target in plan.targets),
         "init_lora_weights": True,
@@ -212,6 +212,7 @@ def from_peft_config(
         bias=values.get("bias", "none"),
         modules_to_save=whole,
         use_rslora=values.get("use_rslora", False),
+        use_dora=values.get("use_dora", False),
     )
 
 
@@ -259,6 +260,9 @@ def from_peft_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for factor in ("A", "B"):
             name = name.replace(f".lora_{factor}.weight", f".lora.{factor}")
             name = name.replace(f".lora_embedding_{factor}", f".lora.{factor}")
+        if name.endswith(PEFT_MAGNITUDE):
+            # That of a convolution has the dimensions of its output.
+            name, tensor = name.replace(PEFT_MAGNITUDE, ".lora.magnitude"), tensor.reshape(-1)
         state[name.replace(".base_layer.", ".")] = tensor
     return state
 

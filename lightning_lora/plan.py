@@ -30,6 +30,7 @@ class Target:
         slices: The parts of a fused projection that are adapted, each with rank r; ``None`` if the
             whole layer is.
         weights: Names of the layer's parameters that the update is added to.
+        dora: Whether a magnitude trains too, one element for each row of B.
     """
 
     name: str
@@ -42,13 +43,19 @@ class Target:
     tied_to: str | None = None
     slices: Slices | None = None
     weights: tuple[str, ...] = ("weight",)
+    dora: bool = False
 
     @property
     def parameters(self) -> int:
         """Number of parameters in the factors; 0 for a layer that shares those of another."""
         if self.tied_to is not None:
             return 0
-        return _product(self.A_shape) + _product(self.B_shape)
+        return sum(map(_product, self.shapes().values()))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter among the factors, by name."""
+        shapes = {"A": self.A_shape, "B": self.B_shape}
+        return {**shapes, "magnitude": self.B_shape[:1]} if self.dora else shapes
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,13 @@ def is_pending(layer: _Layer) -> bool:
     return not layer.state.has_fp16_weights and layer.weight.dtype != torch.int8
 
 
+def is_unquantized(module: nn.Module) -> bool:
+    """Whether a module is a quantized layer that is pending, and has a weight already."""
+    weight = getattr(module, "weight", None)
+    there = isinstance(weight, Tensor) and not weight.is_meta
+    return there and "" in quantized_layers(module) and is_pending(module)
+
+
 def quantization_name(layer: _Layer) -> str:
     """``"nf4"``, ``"fp4"`` (with ``" double"`` if the scales are quantized too) or ``"int8"``."""
     if not is_4bit(layer):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.dora import direction_scale, weight_norm
 from lightning_lora.errors import ConfigError
 from lightning_lora.functional import delta_weight
 from lightning_lora.injection import Injection, Replaced
@@ -166,6 +167,10 @@ def merge_quantized(
                 with whole_factors(factors):
                     delta = delta_weight(factors.A, factors.B, factors.scaling).to(weight.device)
                 trained = weight + delta
+                if factors.magnitude is not None:
+                    norm = weight_norm(weight, *factors.pair(), factors.scaling)
+                    trained = trained * direction_scale(factors.magnitude, norm)[:, None]
+                    delta = trained - weight
             if read is None:
                 merged = trained
             else:

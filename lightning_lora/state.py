@@ -21,7 +21,7 @@ from lightning_lora.sharded import reshard, write
 FORMAT_VERSION = 1
 METADATA_KEY = "lightning_lora"
 # Settings that shape the state; the others (dropout, init) may change between save and load.
-_SHAPING = ("bias", "train_layer_norms", "train_embeddings")
+_SHAPING = ("use_dora", "bias", "train_layer_norms", "train_embeddings")
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -282,8 +282,8 @@ def trained_shapes(record: Injection) -> dict[str, tuple[int, ...]]:
     shapes = {parameter.name: parameter.shape for parameter in record.plan.trained}
     for target in record.plan.targets:
         if target.tied_to is None:
-            shapes[f"{target.name}.lora.A"] = target.A_shape
-            shapes[f"{target.name}.lora.B"] = target.B_shape
+            for leaf, shape in target.shapes().items():
+                shapes[f"{target.name}.lora.{leaf}"] = shape
     return shapes
 
 

@@ -9,7 +9,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from lightning_lora.adapters import Adapter, Factors
+from lightning_lora.adapters import Adapter, Factors, notes_of
 from lightning_lora.analysis import (
     AgainstBase,
     Decomposition,
@@ -170,7 +170,7 @@ def make_study(
 
 def _notes(adapters: Mapping[str, Adapter], base: BaseWeights | None) -> list[str]:
     prints = {a.base["fingerprint"] for a in adapters.values() if "fingerprint" in a.base}
-    notes = []
+    notes = list(dict.fromkeys(note for adapter in adapters.values() for note in notes_of(adapter)))
     if len(prints) > 1:
         notes.append("The adapters were trained on bases with different fingerprints.")
     if base is None:

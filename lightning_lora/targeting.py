@@ -50,7 +50,7 @@ def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
     refuse_lazy(model)
     modules = modules_by_name(model)
     saved = saved_modules(modules, config)
-    obstacles = find_obstacles(modules, config.dropout)
+    obstacles = find_obstacles(modules, config.dropout, config.use_dora)
     slices = _slices(modules, config, saved, obstacles)
     names, matches, skipped = _target_names(modules, config, saved, obstacles, slices)
     _refuse_quantized(model, saved)
@@ -270,6 +270,12 @@ def _targets(
         parts = slices.get(name)
         if parts is not None:
             A_shape, B_shape = parts.shapes(A_shape, B_shape)
+            if config.use_dora:
+                raise TargetError(
+                    f"use_dora: target_modules='qv' adapts parts of the fused projection {name!r}, "
+                    "and a magnitude belongs to a whole layer. Adapt all of it with "
+                    "target_modules='attention' or by name, or set use_dora to false."
+                )
         weights = adapted.weights(module, parts)
         first = first_with.setdefault(id(getattr(module, weights[0])), name)
         if shapes.setdefault(first, (A_shape, B_shape)) != (A_shape, B_shape):
@@ -289,6 +295,7 @@ def _targets(
             tied_to=None if first == name else first,
             slices=parts,
             weights=weights,
+            dora=config.use_dora,
         )
 
 

@@ -43,7 +43,7 @@ from lightning_lora.errors import ConfigError
         ({"modules_to_save": [""]}, "must be 'auto', null, or a list"),
         ({"use_rslora": 1}, "use_rslora must be true or false, got 1"),
         ({"train_layer_norms": "yes"}, "train_layer_norms must be true or false"),
-        ({"use_dora": True}, "use_dora is not available"),
+        ({"use_dora": "yes"}, "use_dora must be true or false, got 'yes'"),
     ],
 )
 def test_each_wrong_value_is_named(settings: dict[str, Any], said: str) -> None:

@@ -190,6 +190,27 @@ def test_swap_adapter_on_a_merged_model(tmp_path: Path) -> None:
     assert all(torch.equal(model.state_dict()[key], value) for key, value in base.items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swapping_is_bitwise_a_fresh_merge(tmp_path: Path, dtype: torch.dtype) -> None:
+    merged = {}
+    for name, settings in {"first": {"r": 2}, "second": {"r": 4, "use_dora": True}}.items():
+        model = fresh(llama)
+        inject_lora(model, alpha=8, **settings)
+        train_a_little(model)
+        save_adapter(model, tmp_path / name)
+        model = fresh(llama).to(dtype)
+        load_adapter(model, tmp_path / name)
+        merge_lora(model)
+        merged[name] = dict(model.state_dict())
+    model = fresh(llama).to(dtype)
+    load_adapter(model, tmp_path / "first")
+    merge_lora(model)
+    for name in ("second", "first", "second"):
+        swap_adapter(model, tmp_path / name)
+        state = model.state_dict()
+        assert all(torch.equal(state[key], value) for key, value in merged[name].items())
+
+
 def test_a_failed_load_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     model = fresh(llama)
     inject_lora(model, r=4, alpha=12)
@@ -234,7 +255,7 @@ def test_bad_adapter_folders(tmp_path: Path) -> None:
     config_file = tmp_path / "adapter/adapter_config.json"
     config = json.loads(config_file.read_text())
     config_file.write_text(json.dumps({**config, "use_dora": True}))
-    with pytest.raises(CheckpointError, match="use_dora"):
+    with pytest.raises(CheckpointError, match=r"missing: 0\.lora\.magnitude"):
         load_adapter(fresh(mlp), tmp_path / "adapter")
     config_file.write_text(json.dumps({**config, "peft_type": "IA3"}))
     with pytest.raises(CheckpointError, match="IA3"):

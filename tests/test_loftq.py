@@ -47,6 +47,21 @@ def test_the_layers_begin_as_near_to_the_original_as_the_rank_allows(
     assert all(torch.equal(any_bits(modules[n].weight), bits) for n, bits in packed.items())
 
 
+def test_magnitudes_begin_as_the_norms_of_the_corrected_weights(tmp_path: Path) -> None:
+    ids = {"input_ids": torch.arange(3, 24).reshape(3, 7)}
+    outputs = []
+    for use_dora in (False, True):
+        model = quantized_hugging_face("bert", "nf4", tmp_path / "base")
+        plan = inject_lora(model, r=4, alpha=10, init="loftq", use_dora=use_dora)
+        outputs.append(model.eval()(**ids).logits)
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
+    layer = dict(model.named_modules())[plan.targets[0].name]
+    weight = dequantized(layer, torch.float32)
+    norm = (weight + layer.delta_weight()).norm(dim=1)
+    torch.testing.assert_close(layer.lora.magnitude, norm)
+    assert not torch.allclose(norm, weight.norm(dim=1), rtol=1e-5)
+
+
 def test_factors_of_a_small_error() -> None:
     error = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
     A, B = error_factors(error, 4, 2.5)

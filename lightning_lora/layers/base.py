@@ -5,12 +5,14 @@ from __future__ import annotations
 import copyreg
 import importlib
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
+from lightning_lora.dora import direction_scale, weight_norm
 from lightning_lora.errors import TargetError
 from lightning_lora.layers.factors import LoRAFactors
+from lightning_lora.sharded import whole
 from lightning_lora.slices import Slices
 
 
@@ -29,6 +31,10 @@ class LoRALayer(nn.Module):
     is_linear: ClassVar[bool] = True
     # The factor that is zero at first.
     zero_factor: ClassVar[str] = "B"
+    # Whether its forward takes a magnitude (DoRA) into account.
+    supports_dora: ClassVar[bool] = False
+    # The dimension of the weight that its outputs lie along.
+    out_dim: ClassVar[int] = 0
     # Whether a subclass of base_class with a forward around super().forward() is adapted inside it.
     adapts_inside_forward: ClassVar[bool] = False
 
@@ -71,6 +77,46 @@ class LoRALayer(nn.Module):
         """The update of each adapted parameter, by the parameter's name."""
         return {"weight": self.delta_weight()}
 
+    def weight_norm(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        """The norm of the updated weight of each output, shape ``(out,)``; see
+        `lightning_lora.dora.weight_norm`.
+
+        Args:
+            weight: The whole base weight.
+            A: The factor A.
+            B: The factor B.
+            scaling: The factor s.
+        """
+        return weight_norm(weight.movedim(self.out_dim, 0), A, B, scaling)
+
+    def whole_weight(self) -> Tensor:
+        """The whole base weight; of a sharded model a collective call."""
+        return whole(cast(Tensor, self.weight))
+
+    def measure(self) -> Tensor:
+        """DoRA's magnitude before training, ``||W0 + s B A||``, shape ``(out,)`` in the dtype of
+        the factors; on the meta device as long as the factors are. Of a sharded model a collective
+        call.
+        """
+        if self.lora.A.is_meta:
+            return self.lora.B.new_empty(self.lora.B.shape[:1])
+        A, B = (whole(factor) for factor in self.lora.pair())
+        return self.weight_norm(self.whole_weight(), A, B, self.lora.scaling)
+
+    def merge_scale(self, weight: Tensor) -> Tensor | None:
+        """What a merge multiplies the updated weight by, in the weight's number of dimensions;
+        ``None`` without a magnitude.
+
+        Args:
+            weight: The whole base weight.
+        """
+        if self.lora.magnitude is None:
+            return None
+        norm = self.weight_norm(weight, *self.lora.pair(), self.lora.scaling)
+        shape = [1] * weight.ndim
+        shape[self.out_dim] = -1
+        return direction_scale(self.lora.magnitude, norm).reshape(shape)
+
 
 # Layers of packages that are imported only where a model brings them, and where each is adapted.
 _ON_DEMAND = {
@@ -94,6 +140,9 @@ def register_layer(adapted: type[LoRALayer]) -> type[LoRALayer]:
     ``class LoRAScaled(Scaled, LoRALinear): base_class = Scaled``. A layer of another kind says the
     shapes of its factors, its forward and the update of its weight, as below. A and B are used
     inside the call of ``self.lora`` alone, which is where a sharded model has gathered them.
+
+    DoRA is refused on a layer of another kind unless it sets ``supports_dora``, and its update
+    takes the magnitude behind B (see `LoRAFactors.forward`).
 
     Args:
         adapted: A subclass of `LoRALayer` and of its own ``base_class``.

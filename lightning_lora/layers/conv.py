@@ -9,6 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from lightning_lora.dora import direction_scale, weight_norm
 from lightning_lora.dropout import draw_dropped, zero_dropped
 from lightning_lora.layers.base import LoRALayer, register_layer
 
@@ -30,6 +31,7 @@ class LoRAConvNd(LoRALayer, _ConvNd):
     """
 
     is_linear: ClassVar[bool] = False
+    supports_dora: ClassVar[bool] = True
 
     @classmethod
     def factor_shapes(cls, module: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -47,18 +49,55 @@ class LoRAConvNd(LoRALayer, _ConvNd):
         update = torch.bmm(B.reshape(g, -1, r) * self.lora.scaling, A.reshape(g, r, -1))
         return update.reshape(self.weight.shape)
 
+    def weight_norm(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        """The norm of each output channel's kernel, shape ``(out,)``."""
+        g, r = self.groups, B.shape[1]
+        kernels = weight.reshape(g, len(weight) // g, -1)
+        norms = weight_norm(kernels, A.reshape(g, r, -1), B.reshape(g, -1, r), scaling)
+        return norms.reshape(-1)
+
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(N, in, *size)`` or ``(in, *size)`` as the base layer does."""
-        out: Tensor = self.lora(self._convolve, input)
+        run = self._convolve if self.lora.magnitude is None else self._convolve_scaled
+        out: Tensor = self.lora(run, input)
         return out
 
     def _convolve(self, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float) -> Tensor:
         out: Tensor = self._conv_forward(x, self.weight, self.bias)
         dropped = zero_dropped(x, draw_dropped(x, dropout)) if dropout > 0 else x
-        hidden = self._conv_forward(dropped, A.to(x.dtype), None)
-        convolution = _CONVOLUTIONS[len(self.kernel_size)]
-        update = convolution(hidden, B.to(x.dtype), groups=self.groups)
+        update = self._update(dropped, A, B)
         return torch.add(out, update, alpha=scaling / (1 - dropout))
+
+    def _convolve_scaled(
+        self,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        magnitude: Tensor,
+        scaling: float,
+        dropout: float,
+    ) -> Tensor:
+        """As `lightning_lora.dora.dora_linear`, with convolutions for products."""
+        norm = self.weight_norm(self.weight, A, B, scaling)
+        ones = (1,) * len(self.kernel_size)
+        scale = direction_scale(magnitude, norm).reshape(-1, *ones)
+        base: Tensor = self._conv_forward(x, self.weight, self.bias)
+        if dropout > 0:
+            kept = zero_dropped(x, draw_dropped(x, dropout)) / (1 - dropout)
+            update = self._update(kept, A, B) * scaling
+            changed = self._conv_forward(kept, self.weight, None) + update
+            return (base + update + (scale - 1) * changed).to(base.dtype)
+        out = (base + self._update(x, A, B) * scaling) * scale
+        if self.bias is not None:
+            out = out + self.bias.reshape(-1, *ones) * (1 - scale)
+        return out.to(base.dtype)
+
+    def _update(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """``B * (A * x)``."""
+        hidden = self._conv_forward(x, A.to(x.dtype), None)
+        convolution = _CONVOLUTIONS[len(self.kernel_size)]
+        update: Tensor = convolution(hidden, B.to(x.dtype), groups=self.groups)
+        return update
 
 
 @register_layer

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lightning_lora.dora import dora_linear
 from lightning_lora.functional import delta_weight, lora_linear
 from lightning_lora.layers.base import LoRALayer, register_layer
 
@@ -23,6 +26,8 @@ class LoRAConv1D(LoRALayer, Conv1D):
     """
 
     base_class = Conv1D
+    supports_dora: ClassVar[bool] = True
+    out_dim: ClassVar[int] = 1
     weight: Tensor
     bias: Tensor
 
@@ -38,5 +43,6 @@ class LoRAConv1D(LoRALayer, Conv1D):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
-        out: Tensor = self.lora(lora_linear, x, self.weight.t(), self.bias)
+        update = lora_linear if self.lora.magnitude is None else dora_linear
+        out: Tensor = self.lora(update, x, self.weight.t(), self.bias)
         return out

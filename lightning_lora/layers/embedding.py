@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from lightning_lora.dora import direction_scale
 from lightning_lora.functional import delta_weight
 from lightning_lora.layers.base import LoRALayer, register_layer
 
@@ -23,6 +24,9 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
     dropout, and the gradients of the factors are dense also with ``sparse=True``, which is about
     the gradient of the frozen table.
 
+    With a magnitude (DoRA) the columns of the table are what has norms, as in PEFT: m has shape
+    ``(embedding_dim,)``, and a step moves all rows.
+
     Attributes:
         weight: The base table W, shape ``(num_embeddings, embedding_dim)``, usually frozen.
         lora: The factors A ``(r, num_embeddings)`` and B ``(embedding_dim, r)``.
@@ -32,6 +36,8 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
     is_linear: ClassVar[bool] = False
     adapts_inside_forward: ClassVar[bool] = True
     zero_factor: ClassVar[str] = "A"
+    supports_dora: ClassVar[bool] = True
+    out_dim: ClassVar[int] = 1
 
     @classmethod
     def factor_shapes(cls, module: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -55,14 +61,31 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map indices of shape ``(...)`` to rows, ``(..., embedding_dim)``."""
-        out: Tensor = self.lora(self._look_up, input)
+        look_up = self._look_up if self.lora.magnitude is None else self._look_up_scaled
+        out: Tensor = self.lora(look_up, input)
         return out
 
     def _look_up(
         self, indices: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float
     ) -> Tensor:
         rows = nn.Embedding.forward(self, indices)
-        hidden = F.embedding(
+        return rows + (F.linear(self._hidden(indices, A), B) * scaling).to(rows.dtype)
+
+    def _look_up_scaled(
+        self,
+        indices: Tensor,
+        A: Tensor,
+        B: Tensor,
+        magnitude: Tensor,
+        scaling: float,
+        dropout: float,
+    ) -> Tensor:
+        rows = nn.Embedding.forward(self, indices)
+        scale = direction_scale(magnitude, self.weight_norm(self.weight, A, B, scaling))
+        update = F.linear(self._hidden(indices, A), B) * scaling
+        return ((rows.to(scale.dtype) + update) * scale).to(rows.dtype)
+
+    def _hidden(self, indices: Tensor, A: Tensor) -> Tensor:
+        return F.embedding(
             indices, A.t(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq
         )
-        return rows + (F.linear(hidden, B) * scaling).to(rows.dtype)

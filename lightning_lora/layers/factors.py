@@ -39,6 +39,8 @@ class LoRAFactors(nn.Module):
     Attributes:
         A: Parameter of shape ``A_shape``.
         B: Parameter of shape ``B_shape``.
+        magnitude: DoRA's m, a parameter of shape ``(out,)`` (see `lightning_lora.dora`), or
+            ``None``.
         hidden: While true (the factors are merged into the weight), state dicts leave the factors
             out.
     """
@@ -69,6 +71,8 @@ class LoRAFactors(nn.Module):
         self.hidden = False
         self.A = nn.Parameter(torch.empty(*A_shape, device=device, dtype=master))
         self.B = nn.Parameter(torch.empty(*B_shape, device=device, dtype=master))
+        self.magnitude: nn.Parameter | None
+        self.register_parameter("magnitude", None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -87,13 +91,16 @@ class LoRAFactors(nn.Module):
     def initial_value(self, factor: str, shape: Sequence[int]) -> Tensor:
         """The whole of a factor as it starts, on the CPU.
 
+        A magnitude is measured on the weight, which is not to be had here: zero stands in its place
+        until `LoRALayer.measure` puts it there.
+
         Args:
-            factor: ``"A"`` or ``"B"``.
+            factor: ``"A"``, ``"B"`` or ``"magnitude"``.
             shape: Its shape, also where the parameter is a shard or on the meta device.
         """
         # On the CPU even inside `with torch.device(...)`: the draw must not depend on the device.
         value = torch.zeros(*shape, dtype=getattr(self, factor).dtype, device="cpu")
-        if factor == self.zero:
+        if factor in (self.zero, "magnitude"):
             return value
         digest = hashlib.blake2b(f"{self.seed}:{self.name}".encode(), digest_size=7).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big"))
@@ -106,6 +113,10 @@ class LoRAFactors(nn.Module):
             nn.init.kaiming_uniform_(part, a=math.sqrt(5), generator=generator)
         return value
 
+    def add_magnitude(self, value: Tensor) -> None:
+        """Let DoRA's m train too, from this value of shape ``(out,)`` on."""
+        self.magnitude = nn.Parameter(value)
+
     def pair(self) -> tuple[Tensor, Tensor]:
         """A and B of the whole layer's update; sliced factors have zeros in the other rows of B.
 
@@ -117,16 +128,20 @@ class LoRAFactors(nn.Module):
 
     def forward(self, update: Callable[..., Tensor], *inputs: Any) -> Tensor:
         """Run ``update(*inputs, A, B, scaling, dropout)``, with A and B as `pair` gives them;
-        dropout is 0 in evaluation.
+        dropout is 0 in evaluation. With a magnitude m: ``update(*inputs, A, B, m, scaling,
+        dropout)``.
 
         A module call, so that a sharded unit of the factors alone can gather them around it.
         """
         dropout = self.dropout if self.training else 0.0
+        if self.magnitude is not None:
+            return update(*inputs, *self.pair(), self.magnitude, self.scaling, dropout)
         return update(*inputs, *self.pair(), self.scaling, dropout)
 
     def extra_repr(self) -> str:
         """Rank, alpha and dropout, for `print`."""
         parts = "" if self.slices is None else f", parts={','.join(self.slices.adapted)}"
+        parts += "" if self.magnitude is None else ", magnitude"
         return f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}{parts}"
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
+from lightning_lora.dora import dora_linear
 from lightning_lora.functional import lora_linear
 from lightning_lora.layers.base import register_layer
 from lightning_lora.layers.linear import LoRALinear
@@ -18,5 +19,6 @@ class LoRAFalconLinear(LoRALinear, FalconLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(..., in_features)`` to ``(..., out_features)``."""
-        out: Tensor = self.lora(lora_linear, input, self.weight, None)
+        update = lora_linear if self.lora.magnitude is None else dora_linear
+        out: Tensor = self.lora(update, input, self.weight, None)
         return out if self.bias is None else out + self.bias

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.dora import dora_linear
 from lightning_lora.functional import delta_weight, lora_linear
 from lightning_lora.layers.base import LoRALayer, register_layer
 from lightning_lora.layers.siblings import Siblings
@@ -25,6 +28,7 @@ class LoRALinear(LoRALayer, nn.Linear):
     """
 
     base_class = nn.Linear
+    supports_dora: ClassVar[bool] = True
 
     @classmethod
     def factor_shapes(cls, module: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -48,5 +52,6 @@ class LoRALinear(LoRALayer, nn.Linear):
         return out
 
     def _alone(self, input: Tensor) -> Tensor:
-        out: Tensor = self.lora(lora_linear, input, self.weight, self.bias)
+        update = lora_linear if self.lora.magnitude is None else dora_linear
+        out: Tensor = self.lora(update, input, self.weight, self.bias)
         return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import bitsandbytes
 import torch
@@ -11,6 +11,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 from torch import Tensor, nn
 
+from lightning_lora.dora import dora_frozen
 from lightning_lora.dropout import draw_dropped, zero_dropped
 from lightning_lora.functional import delta_weight
 from lightning_lora.layers.base import LoRALayer, register_layer
@@ -21,6 +22,7 @@ from lightning_lora.quantization import dequantized, weight_shape
 class _LoRAQuantized(LoRALayer):
     """What both kinds share: ``y = x W_q^T + b + s * D(x) A^T B^T``."""
 
+    supports_dora: ClassVar[bool] = True
     # Whether the output is cast back to the dtype of the input.
     keeps_dtype: bool
 
@@ -40,8 +42,19 @@ class _LoRAQuantized(LoRALayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in_features)`` to ``(..., out_features)``."""
+        if self.lora.magnitude is not None:
+            scaled: Tensor = self.lora(dora_frozen, x, self, self.bias)
+            return scaled.to(x.dtype) if self.keeps_dtype else scaled
         out: Tensor = self.lora(_lora_quantized, x, self)
         return out
+
+    def base_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight that the layer computes with, shape ``(out_features, in_features)``."""
+        return dequantized(self, dtype)
+
+    def whole_weight(self) -> Tensor:
+        """The same, in the dtype of the factors."""
+        return self.base_weight(self.lora.A.dtype)
 
 
 @register_layer

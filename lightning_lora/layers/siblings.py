@@ -137,6 +137,7 @@ def _is_plain(layer: Any, x: Tensor) -> bool:
     lora, weight = layer.lora, layer.weight
     return (
         type(lora) is LoRAFactors
+        and lora.magnitude is None
         and not (lora._forward_hooks or lora._forward_pre_hooks)
         and not (lora._backward_hooks or lora._backward_pre_hooks)
         and type(weight) in (Tensor, Parameter)

@@ -163,6 +163,7 @@ class FlatSharded(Sharded):
         modules = modules_by_name(model)
         factors = self.state(model)
         factors_are_finite(record, factors)
+        targets = {target.name: target for target in record.plan.targets}
         weights = {
             f"{t.name}.{leaf}"
             for t in record.plan.targets
@@ -174,11 +175,16 @@ class FlatSharded(Sharded):
                 layer, _, leaf = name.rpartition(".")
                 module = modules[layer]
                 assert isinstance(module, LoRALayer)
-                wholes = {leaf: factors[f"{layer}.lora.{leaf}"].to(weight.device) for leaf in "AB"}
+                wholes = {
+                    factor: factors[f"{layer}.lora.{factor}"].to(weight.device)
+                    for factor in targets[layer].shapes()
+                }
                 with in_place_of(unwrap(module.lora), wholes):
                     delta = module.delta_weights()[leaf]
+                    scale = module.merge_scale(weight) if targets[layer].dora else None
                 record.base_weights[name] = (weight, _my_part(weight).to("cpu", copy=True))
-                weight.data.copy_((weight.to(delta.dtype) + delta).to(weight.dtype))
+                after = weight.to(delta.dtype) + delta
+                weight.data.copy_((after if scale is None else after * scale).to(weight.dtype))
         for target in record.plan.targets:
             unwrap(modules[target.name].lora).hidden = True  # type: ignore[arg-type, assignment]
             restore_class(modules[target.name])

@@ -31,6 +31,7 @@ from typing_extensions import override
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.layers import LoRAFactors
+from lightning_lora.magnitudes import measuring
 from lightning_lora.pretrained import fill_parameters
 from lightning_lora.quantization import store_as
 from lightning_lora.strategies.activations import checkpoint_activations
@@ -142,9 +143,10 @@ class FSDP2Strategy(ModelParallelStrategy):
             )
         if not any(isinstance(module, FSDPModule) for module in self.model.modules()):
             self._shard(self.model)
-        fill_parameters(self.model, self._parameter_device)
-        if _has_meta_device_parameters_or_buffers(self.model):
-            _materialize_distributed_module(self.model, self.root_device)
+        with measuring(self.model):
+            fill_parameters(self.model, self._parameter_device)
+            if _has_meta_device_parameters_or_buffers(self.model):
+                _materialize_distributed_module(self.model, self.root_device)
         self.model_to_device()
         self.barrier()
         fitting = trainer.state.fn == TrainerFn.FITTING
@@ -225,6 +227,12 @@ class FSDP2Strategy(ModelParallelStrategy):
                 else OffloadPolicy()
             ),
         }
+        if compute_dtype is not None:
+            # A magnitude in half precision would be off by more than training moves it.
+            whole = {**settings, "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False)}
+            for module in list(model.modules()):
+                if isinstance(module, LoRAFactors) and module.magnitude is not None:
+                    fully_shard(module, reshard_after_forward=self.reshard_after_forward, **whole)
         for unit in units.values():
             fully_shard(unit, reshard_after_forward=self.reshard_after_forward, **settings)
         # What belongs to no unit is needed again at the very start of backward.

@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_lora.directories import is_directory, read_directory, save_directory
 from lightning_lora.errors import ConfigError
 from lightning_lora.injection import require_injection
+from lightning_lora.magnitudes import measuring
 from lightning_lora.merging import merge_lora, refuse_ties, unmerge_lora
 from lightning_lora.names import clean_name
 from lightning_lora.pretrained import fill_parameters
@@ -51,7 +52,8 @@ class Replicated:
         self, original: Callable[[Trainer], None], trainer: Trainer, model: nn.Module
     ) -> None:
         """Set the strategy up around an injected model."""
-        fill_parameters(model, torch.device("cpu"))
+        with measuring(model):
+            fill_parameters(model, torch.device("cpu"))
         original(trainer)
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:

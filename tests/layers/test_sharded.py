@@ -64,6 +64,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, Any]] = {
     "c_attn": (lambda: Logits("gpt2"), "qv", None),
     "query_key_value": (lambda: Logits("falcon, groups"), "qv", None),
     "experts": (lambda: Logits("mixtral"), ["experts"], None),
+    "linear, dora": (lambda: Net(nn.Linear(8, 6), 6), ["layer"], (2, 5, 8)),
+    "Conv1D, dora": (lambda: Logits("gpt2"), ["c_attn", "c_fc"], None),
+    "convolution, dora": (lambda: Net(nn.Conv2d(4, 8, 3, groups=2), 8), ["layer"], (2, 4, 6, 6)),
+    "embedding, dora": (lambda: Net(nn.Embedding(23, 6, padding_idx=3), 6), ["layer"], None),
 }
 
 
@@ -80,8 +84,11 @@ def compare(case: str, mesh: Any) -> dict[str, float]:
     make, targets, shape = CASES[case]
     torch.manual_seed(0)
     model, x = make(), TOKENS if shape is None else torch.randn(shape)
-    inject_lora(model, r=3, alpha=7, target_modules=targets)
+    inject_lora(model, r=3, alpha=7, target_modules=targets, use_dora=case.endswith("dora"))
     shake(model)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".magnitude"):
+            parameter.data *= torch.linspace(0.7, 1.5, len(parameter))
     reference = copy.deepcopy(model)
     for module in list(model.modules()):
         if isinstance(module, LoRAFactors):

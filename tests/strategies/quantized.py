@@ -27,6 +27,9 @@ RUNS = {
     "one-from-two": ("auto", 1, "two", "32-true"),
     "one-merged": ("auto", 1, None, "32-true"),
     "two-merged": ("fsdp2", 2, None, "32-true"),
+    "dora-one": ("auto", 1, None, "32-true"),
+    "dora-two": ("fsdp2", 2, None, "32-true"),
+    "dora-two-bf16-true": ("fsdp2", 2, None, "bf16-true"),
 }
 
 
@@ -78,6 +81,7 @@ def fit(root: Path, name: str) -> dict[str, Any]:
         target_modules=["up", "down"],
         verbose=False,
         modules_to_save=None,
+        use_dora=name.startswith("dora"),
         merge_on_fit_end=name.endswith("merged"),
         merge_base="requantized",
     )

@@ -23,8 +23,9 @@ from tests.strategies.scenarios import SAVE_AT, STEPS, Scenario
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("quantized")
     for processes, names in (
-        (1, ["one", "one-merged"]),
+        (1, ["one", "one-merged", "dora-one"]),
         (2, ["two", "two-from-one", "two-bf16-true", "two-merged"]),
+        (2, ["dora-two", "dora-two-bf16-true"]),
         (1, ["one-from-two"]),
     ):
         done = run_module("tests.strategies.quantized", [str(root), names], processes, 300)
@@ -51,6 +52,15 @@ def test_packed_weights_take_the_dtype_that_units_are_gathered_in(results: dict[
     assert results["two-bf16-true"]["dtypes"] == ["torch.bfloat16"]
     assert results["two"]["dtypes"] == ["torch.float32"]
     assert results["two-bf16-true"]["losses"] == pytest.approx(results["one"]["losses"], abs=0.05)
+
+
+@pytest.mark.slow
+def test_magnitudes_train_on_packed_weights(results: dict[str, Any]) -> None:
+    expected = results["dora-one"]["losses"]
+    assert results["dora-two"]["losses"] == pytest.approx(expected, abs=2e-6)
+    assert results["dora-two-bf16-true"]["losses"] == pytest.approx(expected, abs=0.05)
+    assert expected[-1] != pytest.approx(results["one"]["losses"][-1], abs=1e-4)
+    assert results["dora-two"]["sharded"] == 4 + 4 + 3 * 4
 
 
 @pytest.mark.slow

@@ -1,0 +1,121 @@
+"""Taking the active adapter out of a model with all that belongs to it, and putting it back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.errors import ConfigError
+from lightning_lora.freezing import freeze
+from lightning_lora.injection import (
+    ATTRIBUTE,
+    Injection,
+    join_targets,
+    leave_fast_paths,
+    require_injection,
+    swap_class,
+)
+from lightning_lora.merging import unmerge_lora
+from lightning_lora.names import clean_name, listed, modules_by_name, persistent_buffers, unwrap
+from lightning_lora.quantization import keep_trainable
+from lightning_lora.removal import remove_lora
+from lightning_lora.state import trained_shapes
+
+
+@dataclass
+class Waiting:
+    """An adapter of a model; while it is active the model holds its factors and values too.
+
+    Attributes:
+        record: What was injected.
+        factors: The factors, by the name of their target.
+        base: The base's values of what the adapter trains in place.
+        trained: The adapter's values of the same, while it is not active.
+        active: Whether it is the one in the model.
+    """
+
+    record: Injection
+    factors: dict[str, nn.Module]
+    base: dict[str, Tensor] = field(default_factory=dict)
+    trained: dict[str, Tensor] = field(default_factory=dict)
+    active: bool = True
+
+
+def taken_from(model: nn.Module, fresh: bool) -> Waiting:
+    """The adapter that `inject_lora` has put into a model.
+
+    Args:
+        model: The model.
+        fresh: Whether nothing was trained yet, so that what trains in place has the base's values.
+    """
+    record, modules = require_injection(model), modules_by_name(model)
+    factors = {t.name: modules[t.name].lora for t in record.plan.targets}
+    names = {parameter.name for parameter in record.plan.trained} if fresh else set()
+    base = {
+        clean_name(name): parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if clean_name(name) in names
+    }
+    return Waiting(record, factors, base | record.buffers)  # type: ignore[arg-type]
+
+
+def park(model: nn.Module, adapter: Waiting) -> None:
+    """Take the active adapter out of the model; the exact base is left.
+
+    Raises:
+        ConfigError: The base's values of what the adapter trains in place are not known.
+    """
+    factors = tuple(f"{target.name}.lora." for target in adapter.record.plan.targets)
+    in_place = (n for n in trained_shapes(adapter.record) if not n.startswith(factors))
+    missing = [name for name in in_place if name not in adapter.base]
+    if missing:
+        raise ConfigError(
+            f"The adapter that the model has trains base parameters in place ({listed(missing)}), "
+            "and their base values are not known any more, so it cannot be exchanged. Begin with "
+            "add_adapter on the bare model, and load the adapter from its checkpoint."
+        )
+    unmerge_lora(model)
+    remove_lora(model)
+    # A forward pass of the base alone would otherwise repack 4-bit weights, and round their scales.
+    keep_trainable(model)
+    adapter.trained = _exchange(model, adapter.base)
+    adapter.active = False
+
+
+def activate(model: nn.Module, adapter: Waiting) -> None:
+    """Put an adapter back into the bare model."""
+    _exchange(model, adapter.trained)
+    attach(model, adapter.record, adapter.factors)
+    adapter.active = True
+
+
+def attach(model: nn.Module, record: Injection, factors: dict[str, nn.Module]) -> None:
+    """Put factors that were made before into a bare model, as `inject_lora` does with new ones."""
+    modules = modules_by_name(model)
+    keep_trainable(model)
+    for target in record.plan.targets:
+        module = modules[target.name]
+        device = getattr(module, target.weights[0]).device
+        module.lora = factors[target.name].to(device).train(module.training)
+        swap_class(module)
+    join_targets(modules, record.plan)
+    record.nested_tensors = leave_fast_paths(model)
+    setattr(unwrap(model), ATTRIBUTE, record)
+    freeze(model, record.plan)
+
+
+@torch.no_grad()
+def _exchange(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put other values into parameters and buffers, and return those that were there."""
+    if not values:
+        return {}
+    found: dict[str, Tensor] = {clean_name(n): p for n, p in model.named_parameters()}
+    found |= persistent_buffers(model)
+    before = {}
+    for name, value in values.items():
+        if name in found and not torch.equal(found[name].cpu(), value.cpu()):
+            before[name] = found[name].detach().clone()
+            found[name].copy_(value)
+    return {name: before.get(name, values[name]) for name in values}

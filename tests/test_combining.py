@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_lora import (
+    add_adapter,
+    add_weighted_adapter,
+    inject_lora,
+    save_adapter,
+    set_adapter,
+)
+from lightning_lora.errors import ConfigError
+from lightning_lora.injection import require_injection
+from lightning_lora.names import modules_by_name
+from tests.models import hugging_face, mlp, shake
+
+peft = pytest.importorskip("peft")
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(20, 8)
+        self.conv = nn.Conv2d(8, 6, (1, 3), padding=(0, 1))
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.conv(self.embed(ids).transpose(1, 2)[:, :, None]).tanh()[:, :, 0]
+        out: Tensor = self.fc(x.transpose(1, 2))
+        return out
+
+
+class Grouped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(4, 6, 3, groups=2)
+        self.attention = nn.MultiheadAttention(8, 2, kdim=6, vdim=4)
+
+
+IDS = torch.arange(20).reshape(2, 10)
+MODELS: dict[str, tuple[Any, list[str]]] = {
+    "net": (Net, ["embed", "conv", "fc"]),
+    "llama": (lambda: hugging_face("llama"), ["q_proj", "down_proj"]),
+    "gpt2": (lambda: hugging_face("gpt2"), ["c_attn", "c_fc"]),
+}
+
+
+def run(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        out = model(IDS)
+    return out if isinstance(out, Tensor) else out.logits
+
+
+def saved(folder: Path, make: Any, targets: list[str], ranks: dict[str, int]) -> None:
+    for seed, (name, r) in enumerate(ranks.items()):
+        model = make()
+        inject_lora(model, r=r, alpha=7 + seed, target_modules=targets)
+        shake(model, seed)
+        save_adapter(model, folder / name)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("combination", ["linear", "cat", "svd"])
+@pytest.mark.parametrize("weights", [(0.7, 0.4), (1.5, -0.6)])
+def test_as_peft_combines(
+    tmp_path: Path, kind: str, combination: str, weights: tuple[float, float]
+) -> None:
+    make, targets = MODELS[kind]
+    ranks = {"one": 3, "two": 3 if combination == "linear" else 2}
+    saved(tmp_path, make, targets, ranks)
+    theirs = peft.PeftModel.from_pretrained(make(), tmp_path / "one", adapter_name="one")
+    theirs.load_adapter(tmp_path / "two", adapter_name="two")
+    theirs.add_weighted_adapter(["one", "two"], list(weights), "both", combination, svd_rank=4)
+    theirs.set_adapter("both")
+    model = make().eval()
+    for name in ranks:
+        add_adapter(model, name, tmp_path / name)
+    base = run(model)
+    plan = add_weighted_adapter(
+        model, ["one", "two"], list(weights), "both", combination, svd_rank=4
+    )
+    assert {target.r for target in plan.targets} == {{"linear": 3, "cat": 5, "svd": 4}[combination]}
+    assert torch.equal(run(model), base)
+    set_adapter(model, "both")
+    torch.testing.assert_close(run(model), run(theirs.eval()), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(run(model), base, atol=1e-3)
+    save_adapter(model, tmp_path / "both")
+    again = peft.PeftModel.from_pretrained(make(), tmp_path / "both").eval()
+    torch.testing.assert_close(run(again), run(model), rtol=1e-3, atol=1e-4)
+
+
+def deltas(model: nn.Module, name: str) -> dict[str, Tensor]:
+    set_adapter(model, name)
+    modules = modules_by_name(model)
+    found = {}
+    for target in require_injection(model).plan.targets:
+        layer: Any = modules[target.name]
+        updates = layer.delta_weights().items()
+        found |= {f"{target.name}.{leaf}": update.detach() for leaf, update in updates}
+    return found
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_cat_and_a_wide_svd_are_the_sum_on_any_layer(use_rslora: bool) -> None:
+    gpt2 = hugging_face("gpt2")
+    models: list[tuple[nn.Module, list[Any]]] = [
+        (Grouped(), [["conv", "attention"]] * 2),
+        (gpt2, ["qv"] * 2),
+        (mlp(), [["fc1", "fc2"], ["fc2", "head"]]),
+    ]
+    for model, targets in models:
+        for seed, (name, wanted) in enumerate(zip(("one", "two"), targets, strict=True)):
+            settings = {"r": 2 + seed, "alpha": 7, "use_rslora": use_rslora}
+            add_adapter(model, name, target_modules=wanted, **settings)
+            set_adapter(model, name)
+            shake(model, seed)
+        add_weighted_adapter(model, ["one", "two", "one"], [0.5, -2.0, 0.25], "cat", "cat")
+        add_weighted_adapter(model, ["one", "two"], [0.75, -2.0], "svd", svd_rank=5)
+        add_weighted_adapter(model, ["one"], [0.75], "linear", "linear")
+        one, two = deltas(model, "one"), deltas(model, "two")
+        for name in ("cat", "svd"):
+            found = deltas(model, name)
+            assert found.keys() == one.keys() | two.keys()
+            for layer, update in found.items():
+                zero = torch.zeros_like(update)
+                expected = 0.75 * one.get(layer, zero) - 2 * two.get(layer, zero)
+                torch.testing.assert_close(update, expected, rtol=1e-4, atol=1e-4)
+        for layer, update in deltas(model, "linear").items():
+            torch.testing.assert_close(update, 0.75 * one[layer], rtol=1e-4, atol=1e-5)
+
+
+def test_a_narrow_svd_is_the_best_approximation() -> None:
+    model = mlp()
+    for seed, name in enumerate(("one", "two")):
+        add_adapter(model, name, r=3, alpha=7, target_modules=["fc1"])
+        set_adapter(model, name)
+        shake(model, seed)
+    add_weighted_adapter(model, ["one", "two"], [1.0, 1.0], "svd", svd_rank=2)
+    total = deltas(model, "one")["fc1.weight"] + deltas(model, "two")["fc1.weight"]
+    U, S, Vh = torch.linalg.svd(total)
+    best = U[:, :2] * S[:2] @ Vh[:2]
+    torch.testing.assert_close(deltas(model, "svd")["fc1.weight"], best, rtol=1e-4, atol=1e-5)
+
+
+def test_mistakes() -> None:
+    model = mlp()
+    settings: dict[str, Any] = {"alpha": 6, "target_modules": ["fc1"]}
+    add_adapter(model, "one", r=2, **settings)
+    add_adapter(model, "wide", r=3, **settings)
+    add_adapter(model, "scaled", r=2, use_dora=True, **settings)
+    add_adapter(model, "biased", r=2, bias="all", **settings)
+
+    def combine(*names: str, weights: Any = None, kind: str = "cat", **options: Any) -> None:
+        weights = [1.0] * len(names) if weights is None else weights
+        add_weighted_adapter(model, names, weights, "new", kind, **options)
+
+    with pytest.raises(ConfigError, match="combination_type must be one of 'linear', 'cat', 'svd'"):
+        combine("one", kind="ties")
+    with pytest.raises(ConfigError, match="got 2 adapters and 1 weights"):
+        combine("one", "wide", weights=[1.0])
+    with pytest.raises(ConfigError, match=r"adapters of one rank; they differ in fc1.*Use 'cat'"):
+        combine("one", "wide", kind="linear")
+    with pytest.raises(ConfigError, match="'scaled' has magnitudes"):
+        combine("one", "scaled")
+    with pytest.raises(ConfigError, match="'biased' trains base parameters in place"):
+        combine("one", "biased")
+    with pytest.raises(ConfigError, match="no adapter 'other'"):
+        combine("one", "other")
+    with pytest.raises(ConfigError, match="svd_rank must be at least 1"):
+        combine("one", kind="svd", svd_rank=0)
+    with pytest.raises(ConfigError, match="'one' is taken"):
+        add_weighted_adapter(model, ["one"], [1.0], "one")

@@ -103,7 +103,7 @@ def table(page: str, heading: str) -> list[list[str]]:
     """The cells of the first table below a heading, row by row, without its head."""
     section = read(page).split(f"# {heading}\n", 1)[1]
     rows = [line for line in section.split("\n#", 1)[0].splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows[2:]]
+    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows[2:]]
 
 
 def names(cell: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import sys
@@ -138,7 +139,7 @@ def _cheap(arguments: list[str]) -> list[str]:
     asks_only = any(a.endswith("help") or a == "--print_config" for a in arguments)
     if arguments[0] not in RUNS or asks_only:
         return arguments
-    named = [b for a, b in zip(arguments, arguments[1:], strict=False) if a == "--config"]
+    named = [b for a, b in itertools.pairwise(arguments) if a == "--config"]
     own = [name for name in named if Path(name).is_file()]
     if named and (not own or any(option in arguments for option in DISTRIBUTED)):
         return [*arguments, "--print_config"]

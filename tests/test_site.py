@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
 import importlib.util
 import inspect
 import os
+import pkgutil
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -62,22 +63,52 @@ def test_what_peft_arguments_are_called_here_exists() -> None:
     for theirs, here, *_ in rows:
         for name in documents.names(here):
             assert name in ours, f"{theirs}: there is no {name}"
+        for name in documents.names(theirs):
+            assert name not in ours or name in documents.names(here), f"{name} is here"
 
 
 def test_what_peft_functions_are_called_here_exists() -> None:
-    peft = pytest.importorskip("peft")
+    pytest.importorskip("peft")
     rows = documents.table("docs/peft.md", "Functions")
     assert len(rows) > 10
     for theirs, here, *_ in rows:
         for name in documents.names(theirs):
-            owner: Any = peft
-            for part in name.split("."):
-                owner = getattr(owner, part)
+            pkgutil.resolve_name(f"peft.{name}")
         for name in documents.names(here):
             if name.startswith("lightning-lora "):
                 assert name.split()[1] in cli._KNOWN, name
             else:
                 assert name in lightning_lora.__all__ or hasattr(LoRACallback(), name), name
+
+
+def _messages() -> list[str]:
+    """The texts in the source, with `...` for what is filled in."""
+    found = []
+    for folder in ("lightning_lora", "recipes"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+                texts = [
+                    part.value if isinstance(part, ast.Constant) else "..."
+                    for part in parts
+                    if not isinstance(part, ast.Constant) or isinstance(part.value, str)
+                ]
+                found.append("".join(texts))
+    return found
+
+
+def test_messages_that_are_explained_are_those_of_the_program() -> None:
+    messages = _messages()
+    page = documents.read("docs/troubleshooting.md")
+    rows = [
+        row
+        for section in re.findall(r"^## (.+)$", page, re.MULTILINE)
+        for row in documents.table("docs/troubleshooting.md", section)
+    ]
+    assert len(rows) > 30
+    for message, _ in rows:
+        text = message.strip("`")
+        assert any(text in known for known in messages), f"no message says: {text}"
 
 
 def _feature_rows() -> Iterator[list[str]]:

@@ -6,12 +6,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from mkdocs.plugins import event_priority
+
 _ROOT = Path(__file__).parent
 _INSIDE = ("recipes", "configs")
 # Gone when the build ends, however it ends.
 _PACKAGES = tempfile.TemporaryDirectory(prefix="lightning_lora_docs_")
 
 
+@event_priority(100)  # before mkdocstrings reads its settings
 def on_config(config: Any) -> None:
     """Have mkdocstrings look where a folder of links makes the package up."""
     package = Path(_PACKAGES.name) / "lightning_lora"

@@ -45,7 +45,7 @@ NOT_RUN = {
     "ruff check .": ".ci/run does",
     "ruff format .": "changes files; .ci/run checks them",
     "mypy": ".ci/run does",
-    "mkdocs build --strict": "a test below does",
+    "mkdocs build --strict": "tests/test_site.py does",
     "mkdocs serve": "ends when it is told to",
 }
 # Text that is no code: output, and files that are looked at.
@@ -87,8 +87,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"data/{split}.tsv").write_text("question\tcoarse\n" + "\n".join(lines) + "\n")
     (folder / "new.csv").write_text("question\nWho is it ?\n")
     write_pairs(folder / "pairs.csv", 16, 0)
-    complete = [b for b in blocks("README.md", "yaml") if "data" in yaml.safe_load(b.text)]
-    (folder / "my.yaml").write_text(complete[0].text)
+    (own,) = [b for b in blocks("README.md", "yaml") if b.mark.get("file") == "my.yaml"]
+    _write(folder / "my.yaml", own)
     before = Path.cwd()
     os.chdir(folder)
     try:
@@ -229,9 +229,11 @@ def _write(path: Path, block: Block) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in pages() if _with(page, "bash")])
-def test_commands(page: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for block in blocks(page, "bash"):
-        for command in block.commands:
+def test_commands(page: str, place: Path) -> None:
+    for block in blocks(page):
+        if "file" in block.mark:
+            _write(place / block.mark["file"], block)
+        for command in block.commands if block.language == "bash" else ():
             arguments = documents.arguments(command)
             if arguments is None:
                 assert command in NOT_RUN, f"{block.place}: nothing runs {command!r}"

@@ -1,15 +1,21 @@
-"""Where the API pages find the package as it is installed: with recipes/ and configs/ inside it."""
+"""What the API pages need: the package as it is installed, and docstrings as their parser takes them.
+
+`recipes/` and `configs/` lie inside the installed package, and beside it in the repository.
+"""
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import griffe
 from mkdocs.plugins import event_priority
 
 _ROOT = Path(__file__).parent
 _INSIDE = ("recipes", "configs")
+_EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)
 # Gone when the build ends, however it ends.
 _PACKAGES = tempfile.TemporaryDirectory(prefix="lightning_lora_docs_")
 
@@ -27,3 +33,12 @@ def on_config(config: Any) -> None:
             (package / name).symlink_to(_ROOT / name)
     python = config.plugins["mkdocstrings"].config["handlers"].setdefault("python", {})
     python["paths"] = [_PACKAGES.name]
+
+
+class Examples(griffe.Extension):
+    """Has `Example:` read as `Examples:`, the one name of such a section that griffe knows."""
+
+    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        """Rename the section in an object's docstring."""
+        if obj.docstring is not None:
+            obj.docstring.value = _EXAMPLE.sub("Examples:", obj.docstring.value)

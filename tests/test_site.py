@@ -137,7 +137,7 @@ def test_the_site_builds(tmp_path: Path) -> None:
     # Proxies that lead nowhere: the build has to do without the network.
     closed = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
     done = subprocess.run(
-        [*(sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict"), "-d", str(tmp_path)],
+        [*(sys.executable, "-m", "mkdocs", "build", "--strict"), "-d", str(tmp_path)],
         cwd=ROOT,
         env={**os.environ, **closed, "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
@@ -148,6 +148,10 @@ def test_the_site_builds(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "api/callback/index.html").read_text(encoding="utf-8")
     assert "merge_on_fit_end" in page and "Raises" in page
+    assert "Examples" in page and "<blockquote" not in page
+    assert (
+        "lightning_lora.recipes.TextClassifier" in (tmp_path / "api/recipes/index.html").read_text()
+    )
     outside = re.compile(r'<(?:script|link|img)[^>]+(?:src|href)="https?://[^"]+"')
     remote = [m[0] for path in tmp_path.rglob("*.html") for m in outside.finditer(path.read_text())]
     assert not [tag for tag in remote if 'rel="canonical"' not in tag]

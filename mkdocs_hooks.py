@@ -1,4 +1,4 @@
-"""What the API pages need: the package as it is installed, and docstrings as their parser takes them.
+"""What the API pages need: the package as installed, and docstrings as their parser takes them.
 
 `recipes/` and `configs/` lie inside the installed package, and beside it in the repository.
 """

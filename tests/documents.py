@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.commands import ROOT
 
 _FENCE = re.compile(r"(?P<indent> *)```(?P<language>\S*).*")
-_MARK = re.compile(r"<!-- (?P<key>base|file|given): (?P<value>\S+) -->")
+_MARK = re.compile(r"<!-- (?P<key>base|file|given|printed): (?P<value>\S+) -->")
 _LINK = re.compile(r"\]\((?P<target>[^)\s]+)\)")
 _CONTINUED = re.compile(r"\\\n\s*")
 
@@ -25,7 +25,8 @@ class Block:
         language: What stands after the fence.
         text: The lines between the fences, without their common indentation.
         mark: What a comment before it says: `given`, what it takes for granted; `file`, the file
-            that it is the text of; `base`, the config that it changes. Else empty.
+            that it is the text of; `base`, the config that it changes; `printed`, that the block
+            above prints it. Else empty.
     """
 
     page: str

@@ -187,9 +187,13 @@ def _with(page: str, *languages: str) -> bool:
 
 @pytest.mark.usefixtures("_registries")
 @pytest.mark.parametrize("page", [page for page in pages() if _with(page, "python")])
-def test_python(page: str, place: Path) -> None:
+def test_python(page: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {"__name__": NAMESPACE}
-    for block in blocks(page, "python"):
+    for block in blocks(page, "python", "text"):
+        if "printed" in block.mark:
+            assert block.text in capsys.readouterr().out, f"{block.place}: not what is printed"
+        if block.language != "python":
+            continue
         if "given" in block.mark:
             names.update(GIVEN[block.mark["given"]](place))
         # Line numbers in a traceback are those of the page.
@@ -200,7 +204,7 @@ def test_python(page: str, place: Path) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in pages() if _with(page, "yaml")])
-def test_yaml(page: str, place: Path) -> None:
+def test_yaml(page: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for block in blocks(page):
         if "file" in block.mark:
             _write(place / block.mark["file"], block)
@@ -215,7 +219,20 @@ def test_yaml(page: str, place: Path) -> None:
         if complete and all(Path(name).is_file() for name in _files(content)):
             _call(_cheap(arguments))
         else:
+            capsys.readouterr()
             _call([*arguments, "--print_config"])
+            printed = yaml.safe_load(capsys.readouterr().out)
+            _assert_within(content, printed, block.place)
+
+
+def _assert_within(part: Any, whole: Any, place: str) -> None:
+    """What a block sets is in the config that comes of it, where classes have their whole names."""
+    if isinstance(part, dict):
+        for key, value in part.items():
+            _assert_within(value, whole[key], f"{place}: {key}")
+    else:
+        same = part == whole or str(whole).endswith(f".{part}")
+        assert same, f"{place} is {whole!r}, not {part!r}"
 
 
 def _files(content: dict[str, Any]) -> list[str]:

@@ -106,9 +106,9 @@ def test_a_layer_class_of_ones_own() -> None:
 
 
 @pytest.mark.usefixtures("registry")
-def test_the_example_of_the_readme() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n((?:(?!```).)*LoRAScaled.*?)```", readme, re.DOTALL)
+def test_the_example_of_the_documents() -> None:
+    page = (Path(__file__).parents[2] / "docs/layers.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n((?:(?!```).)*LoRAScaled.*?)```", page, re.DOTALL)
     before, after = example.split("merge_lora(model)\n")
     names: dict[str, Any] = {}
     exec(before, names)

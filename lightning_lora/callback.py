@@ -67,6 +67,9 @@ class LoRACallback(Callback):
         target_modules: ``"all-linear"``, ``"qv"``, ``"attention"``, a list of name suffixes, or a
             regex.
         exclude_modules: Suffixes or a regex for layers that are left alone.
+        layers_to_transform: Numbers of the blocks whose layers are adapted; negative ones count
+            from the last.
+        layers_pattern: Names of the containers that hold the blocks.
         rank_pattern: Ranks of particular layers.
         alpha_pattern: Alphas of particular layers.
         bias: ``"none"``, ``"lora_only"`` or ``"all"``.
@@ -118,6 +121,8 @@ class LoRACallback(Callback):
         dropout: float = 0.0,
         target_modules: str | list[str] = "all-linear",
         exclude_modules: str | list[str] | None = None,
+        layers_to_transform: int | list[int] | None = None,
+        layers_pattern: str | list[str] | None = None,
         rank_pattern: dict[str, int] | None = None,
         alpha_pattern: dict[str, float] | None = None,
         bias: str = "none",
@@ -142,6 +147,8 @@ class LoRACallback(Callback):
             dropout=dropout,
             target_modules=target_modules,
             exclude_modules=exclude_modules,
+            layers_to_transform=layers_to_transform,
+            layers_pattern=layers_pattern,
             rank_pattern=rank_pattern,
             alpha_pattern=alpha_pattern,
             bias=bias,

@@ -5,12 +5,21 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from lightning_lora.errors import ConfigError
+from lightning_lora.validation import (
+    choice_problems,
+    is_name_list,
+    is_number,
+    is_positive,
+    is_rank,
+    is_whole,
+    mapping_problems,
+    pattern_problems,
+)
 
 PRESETS = ("all-linear", "qv", "attention")
 BIAS_MODES = ("none", "lora_only", "all")
@@ -35,6 +44,11 @@ class LoRAConfig:
             layer inside attention blocks), a list of name suffixes (``["query", "output.dense"]``),
             or one regular expression for the full name.
         exclude_modules: Suffixes or one regular expression for layers that are left alone.
+        layers_to_transform: Number or numbers of the blocks whose layers are adapted, all others
+            being left alone; negative numbers count from the last block. ``None`` for all layers.
+        layers_pattern: Regular expression or expressions for the names of the containers that hold
+            the blocks (``"layers"``, ``"encoder.layer"``); by default the outermost
+            `torch.nn.ModuleList` around a layer, or `torch.nn.Sequential` where there is none.
         rank_pattern: ``{suffix or regex: r}`` for layers with another rank.
         alpha_pattern: ``{suffix or regex: alpha}`` for layers with another alpha.
         bias: Which biases train: ``"none"``, those of adapted layers (``"lora_only"``) or
@@ -70,6 +84,8 @@ class LoRAConfig:
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
     exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
     bias: str = "none"
@@ -81,7 +97,13 @@ class LoRAConfig:
     init: str = "kaiming"
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        for name in (
+            "target_modules",
+            "exclude_modules",
+            "layers_to_transform",
+            "layers_pattern",
+            "modules_to_save",
+        ):
             value = getattr(self, name)
             if isinstance(value, (tuple, set, frozenset)):
                 setattr(
@@ -124,24 +146,25 @@ class LoRAConfig:
 
     def _problems(self) -> list[str]:
         problems: list[str] = []
-        if not _is_rank(self.r):
+        if not is_rank(self.r):
             problems.append(f"r must be a whole number of at least 1, got {self.r!r}")
-        if not _is_positive(self.alpha):
+        if not is_positive(self.alpha):
             problems.append(f"alpha must be a number above 0, got {self.alpha!r}")
-        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
+        if not (is_number(self.dropout) and 0 <= self.dropout < 1):
             problems.append(f"dropout must be in [0, 1), got {self.dropout!r}")
-        problems += _pattern_problems("target_modules", self.target_modules, PRESETS)
+        problems += pattern_problems("target_modules", self.target_modules, PRESETS)
         if self.exclude_modules is not None:
-            problems += _pattern_problems("exclude_modules", self.exclude_modules, ())
-        problems += _mapping_problems(
-            "rank_pattern", self.rank_pattern, _is_rank, "a rank of at least 1"
+            problems += pattern_problems("exclude_modules", self.exclude_modules, ())
+        problems += self._block_problems()
+        problems += mapping_problems(
+            "rank_pattern", self.rank_pattern, is_rank, "a rank of at least 1"
         )
-        problems += _mapping_problems(
-            "alpha_pattern", self.alpha_pattern, _is_positive, "an alpha above 0"
+        problems += mapping_problems(
+            "alpha_pattern", self.alpha_pattern, is_positive, "an alpha above 0"
         )
-        problems += _choice_problems("bias", self.bias, BIAS_MODES)
-        problems += _choice_problems("init", self.init, INITS)
-        if self.modules_to_save not in (None, "auto") and not _is_name_list(
+        problems += choice_problems("bias", self.bias, BIAS_MODES)
+        problems += choice_problems("init", self.init, INITS)
+        if self.modules_to_save not in (None, "auto") and not is_name_list(
             self.modules_to_save, empty=True
         ):
             problems.append(
@@ -155,68 +178,29 @@ class LoRAConfig:
             problems.append("use_dora is not available in this version: set it to false")
         return problems
 
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_positive(value: object) -> bool:
-    return _is_number(value) and value > 0  # type: ignore[operator]
-
-
-def _is_rank(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_name_list(value: object, empty: bool = False) -> bool:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        return False
-    return (bool(value) or empty) and all(isinstance(item, str) and item for item in value)
-
-
-def _pattern_problems(name: str, value: object, presets: Sequence[str]) -> list[str]:
-    kinds = f"one of {', '.join(map(repr, presets))}, " if presets else ""
-    if isinstance(value, str) and value:
-        if value in presets:
-            return []
-        # Only plain words can be mistyped presets: "attention.*" is an expression, and qkv a name.
-        near = difflib.get_close_matches(value.lower(), presets, n=1, cutoff=0.81)
-        if near and re.fullmatch(r"[\w -]+", value):
-            return [f"{name} {value!r} is unknown: did you mean {near[0]!r}?"]
-        try:
-            re.compile(value)
-        except re.error as error:
-            return [f"{name} is not a valid regular expression: {value!r} ({error})"]
-        return []
-    if not _is_name_list(value):
-        return [
-            f"{name} must be {kinds}a list of name suffixes, or a regular expression, got {value!r}"
-        ]
-    return []
-
-
-def _mapping_problems(name: str, value: object, accepts: Any, wanted: str) -> list[str]:
-    if value is None:
-        return []
-    if not isinstance(value, Mapping):
-        return [f"{name} must map name patterns to {wanted}, got {value!r}"]
-    problems = []
-    for pattern, item in value.items():
-        if not isinstance(pattern, str):
-            problems.append(f"{name}: the name pattern {pattern!r} must be a string")
-            continue
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            problems.append(f"{name}: {pattern!r} is not a valid regular expression ({error})")
-        if not accepts(item):
-            problems.append(f"{name}[{pattern!r}] must be {wanted}, got {item!r}")
-    return problems
-
-
-def _choice_problems(name: str, value: object, choices: Sequence[str]) -> list[str]:
-    if value in choices:
-        return []
-    near = difflib.get_close_matches(str(value), choices, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return [f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}{hint}"]
+    def _block_problems(self) -> list[str]:
+        problems = []
+        wanted, pattern = self.layers_to_transform, self.layers_pattern
+        numbers = wanted if isinstance(wanted, list) else [wanted]
+        if wanted is not None and not (numbers and all(map(is_whole, numbers))):
+            problems.append(
+                "layers_to_transform must be the number of a block or a list of such numbers, got "
+                f"{wanted!r}"
+            )
+        if pattern is not None:
+            if wanted is None:
+                problems.append(
+                    "layers_pattern says where the blocks of layers_to_transform are; "
+                    "set both or none"
+                )
+            patterns = [pattern] if isinstance(pattern, str) else pattern
+            if not is_name_list(patterns):
+                problems.append(
+                    "layers_pattern must be a regular expression or a list of them, got "
+                    f"{pattern!r}"
+                )
+            else:
+                problems += [
+                    p for each in patterns for p in pattern_problems("layers_pattern", each, ())
+                ]
+        return problems

@@ -29,7 +29,6 @@ _PREFIX = "base_model.model."
 # Settings of PEFT that change the mathematics and have no counterpart here.
 _UNSUPPORTED = (
     "use_dora",
-    "layers_to_transform",
     "layer_replication",
     "trainable_token_indices",
     "lora_bias",
@@ -189,7 +188,8 @@ def from_peft_config(
     if not adapted:
         raise CheckpointError(f"{source} holds no factors of adapted linear layers.")
     targets = values["target_modules"] or []
-    if isinstance(targets, str) or values.get("exclude_modules"):
+    chosen_otherwise = ("exclude_modules", "layers_to_transform")
+    if isinstance(targets, str) or any(values.get(s) not in (None, []) for s in chosen_otherwise):
         targets = "|".join(re.escape(name) for name in adapted)
     else:
         targets = sorted(t for t in targets if any(suffix_matches(t, name) for name in adapted))

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from lightning_lora.blocks import in_blocks
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import TargetError
 from lightning_lora.fused import fused_projections, query_and_value
@@ -104,6 +105,10 @@ def _target_names(
         matches.append(("target_modules", str(wanted), len(chosen)))
     else:
         chosen = _explicit(modules, config, saved, obstacles, adaptable, matches)
+    if config.layers_to_transform is not None:
+        wanted_blocks, pattern = config.layers_to_transform, config.layers_pattern
+        chosen, counts = in_blocks(chosen, modules, wanted_blocks, pattern)
+        matches += counts
     if config.exclude_modules is not None:
         chosen = _without_excluded(modules, chosen, config, matches)
     outers = {name: attention_around(name, modules) for name in chosen}

@@ -61,7 +61,8 @@ class LoRACallback(Callback):
       base is restored.
 
     Args:
-        r: See `LoRAConfig`, as for every argument up to ``init``.
+        r: See `LoRAConfig`, as for every argument up to ``init``. With 0 no layer is adapted, and
+            only what else is set to train does so.
         alpha: Numerator of the scaling.
         dropout: Probability of dropping an element of the adapter's input while training.
         target_modules: ``"all-linear"``, ``"qv"``, ``"attention"``, a list of name suffixes, or a

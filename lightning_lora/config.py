@@ -35,7 +35,9 @@ class LoRAConfig:
     4.1), or ``s = alpha / sqrt(r)`` with ``use_rslora`` (arXiv:2312.03732).
 
     Args:
-        r: Rank of the update.
+        r: Rank of the update. With 0 no layer is adapted, and what else is set to train does so
+            alone: heads (a linear probe), ``bias="all"`` (BitFit, arXiv:2106.10199), norms or
+            embeddings; settings about factors have no effect then.
         alpha: Numerator of the scaling.
         dropout: Probability of dropping an element of the adapter's input while training, in
             ``[0, 1)``.
@@ -71,11 +73,11 @@ class LoRAConfig:
     Example:
         >>> LoRAConfig(r=8, alpha=16).scaling(8, 16)
         2.0
-        >>> LoRAConfig(r=0, dropout=1.5)
+        >>> LoRAConfig(r=-1, dropout=1.5)
         Traceback (most recent call last):
         ...
         lightning_lora.errors.ConfigError: 2 problems in the LoRA settings:
-          - r must be a whole number of at least 1, got 0
+          - r must be a whole number of at least 1 (or 0 to adapt no layer), got -1
           - dropout must be in [0, 1), got 1.5
     """
 
@@ -146,8 +148,12 @@ class LoRAConfig:
 
     def _problems(self) -> list[str]:
         problems: list[str] = []
-        if not is_rank(self.r):
-            problems.append(f"r must be a whole number of at least 1, got {self.r!r}")
+        if not (is_rank(self.r) or (is_whole(self.r) and self.r == 0)):
+            problems.append(
+                f"r must be a whole number of at least 1 (or 0 to adapt no layer), got {self.r!r}"
+            )
+        elif self.r == 0:
+            problems += self._problems_without_rank()
         if not is_positive(self.alpha):
             problems.append(f"alpha must be a number above 0, got {self.alpha!r}")
         if not (is_number(self.dropout) and 0 <= self.dropout < 1):
@@ -176,6 +182,19 @@ class LoRAConfig:
                 problems.append(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.use_dora is True:
             problems.append("use_dora is not available in this version: set it to false")
+        return problems
+
+    def _problems_without_rank(self) -> list[str]:
+        problems = [
+            f"{name} gives layers a rank or alpha of their own, and r=0 adapts none: leave it out"
+            for name in ("rank_pattern", "alpha_pattern")
+            if getattr(self, name)
+        ]
+        if self.bias == "lora_only":
+            problems.append(
+                "bias='lora_only' trains the biases of adapted layers, and r=0 adapts none: use "
+                "'all' or 'none'"
+            )
         return problems
 
     def _block_problems(self) -> list[str]:

@@ -138,7 +138,7 @@ def inject_lora(
         seed = int(torch.randint(2**62, (1,), device="cpu"))
     factors = _build_factors(model, plan, config, seed)
     repacked = keep_trainable(model)
-    if config.init == "loftq" and initialize:
+    if config.init == "loftq" and initialize and plan.targets:
         try:
             initialize_from_error(model, plan, factors)
         except ConfigError:

@@ -159,7 +159,9 @@ def _read(path: Path, model: nn.Module) -> _Adapter:
         return _read_peft(path)
     checkpoint = read_checkpoint(path)
     metadata = checkpoint[METADATA_KEY]
-    prefix = _common_prefix(list(metadata["targets"]), model, path)
+    # Without adapted layers, by what trains itself.
+    owners = [name.rpartition(".")[0] for name in checkpoint["state_dict"]]
+    prefix = _common_prefix(list(metadata["targets"]) or owners, model, path)
     state = {name.removeprefix(prefix): tensor for name, tensor in checkpoint["state_dict"].items()}
     targets = {name.removeprefix(prefix): target for name, target in metadata["targets"].items()}
     base = dict(metadata["base"])
@@ -195,19 +197,17 @@ def read_peft_files(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, tensors
 
 
-def _common_prefix(targets: list[str], model: nn.Module, path: Path) -> str:
+def _common_prefix(layers: list[str], model: nn.Module, path: Path) -> str:
     """What the names of a checkpoint have in front of the model's own, for a model out of a
     LightningModule.
     """
     modules = modules_by_name(model)
-    parts = targets[0].split(".")
+    parts = layers[0].split(".")
     for depth in range(len(parts)):
         prefix = "".join(f"{part}." for part in parts[:depth])
-        if all(
-            name.startswith(prefix) and name.removeprefix(prefix) in modules for name in targets
-        ):
+        if all(name.startswith(prefix) and name.removeprefix(prefix) in modules for name in layers):
             return prefix
     raise CheckpointError(
         f"{path} adapts layers that {type(model).__name__} does not have, for instance "
-        f"{targets[0]!r}. Load it into the model that it was trained on."
+        f"{layers[0]!r}. Load it into the model that it was trained on."
     )

@@ -60,6 +60,11 @@ def to_peft_tensors(
     plan = require_injection(model).plan
     modules = modules_by_name(model)
     adapted = {target.name: target for target in plan.targets}
+    if not plan.targets:
+        raise CheckpointError(
+            "PEFT's LoRA format needs adapted layers, and r=0 adapts none. Keep the checkpoint, or "
+            "export the merged model."
+        )
     tied = [target.name for target in plan.targets if target.tied_to is not None]
     if tied:
         raise CheckpointError(

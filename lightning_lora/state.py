@@ -259,6 +259,8 @@ def _config_differences(metadata: Mapping[str, Any], here: Mapping[str, Any]) ->
         }
         for old, new in sorted(pairs):
             yield f"{key}: {old} in the checkpoint, {new} now"
+    if bool(theirs) != bool(ours):
+        yield f"r: {metadata['config']['r']} in the checkpoint, {here['config']['r']} now"
     only_theirs = [name for name in theirs if name not in ours]
     only_ours = [name for name in ours if name not in theirs]
     if only_theirs:

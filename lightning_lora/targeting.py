@@ -51,6 +51,8 @@ def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
     refuse_lazy(model)
     modules = modules_by_name(model)
     saved = saved_modules(modules, config)
+    if config.r == 0:
+        return _without_factors(model, config, saved)
     obstacles = find_obstacles(modules, config.dropout)
     slices = _slices(modules, config, saved, obstacles)
     names, matches, skipped = _target_names(modules, config, saved, obstacles, slices)
@@ -66,6 +68,19 @@ def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
         skipped=tuple(skipped),
         base_parameters=count_parameters(model),
     )
+
+
+def _without_factors(model: nn.Module, config: LoRAConfig, saved: tuple[str, ...]) -> Plan:
+    """The plan of the baselines that train a part of the model itself: probes, BitFit."""
+    _refuse_quantized(model, saved)
+    trained = tuple(trained_parameters(model, config, saved, set()))
+    if not trained:
+        raise TargetError(
+            "Nothing would train: r=0 adapts no layer, and no head, bias, norm or embedding is set "
+            "to train. Name the head in modules_to_save, or set bias='all', train_layer_norms or "
+            "train_embeddings; or give r a rank."
+        )
+    return Plan((), trained, saved, (), (), base_parameters=count_parameters(model))
 
 
 def _target_names(

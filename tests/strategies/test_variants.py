@@ -1,0 +1,71 @@
+"""Variants of LoRA that must come to the same numbers however the model is laid out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.strategies.scenarios import SAVE_AT, STEPS, Scenario
+from tests.strategies.test_scenarios import result, run, sgd
+
+CKPT = f"step={SAVE_AT}.ckpt"
+DIRECTORY = {"save_distributed_checkpoint": True}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "bitfit": {"r": 0, "bias": "all", "modules_to_save": ["head"]},
+}
+pytestmark = pytest.mark.slow
+
+
+def layouts(name: str, lora: dict[str, Any]) -> list[Scenario]:
+    return [
+        sgd(f"{name}-ddp", "ddp", lora=lora),
+        sgd(f"{name}-fsdp2", "fsdp2", lora=lora),
+        sgd(f"{name}-directory", "fsdp2", lora=lora, options=DIRECTORY),
+        sgd(f"{name}-fsdp2-from-one", "fsdp2", lora=lora, resume=f"{name}/{CKPT}"),
+        sgd(f"{name}-fsdp", "fsdp", lora=lora),
+    ]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("variants")
+    run(root, 1, [sgd(name, lora=lora) for name, lora in VARIANTS.items()])
+    run(root, 2, [each for name, lora in VARIANTS.items() for each in layouts(name, lora)])
+    last = [
+        sgd(f"{name}-from-directory", lora=lora, resume=f"{name}-directory/{CKPT}")
+        for name, lora in VARIANTS.items()
+    ]
+    run(root, 1, last)
+    return root
+
+
+CASES = [(name, other.name) for name, lora in VARIANTS.items() for other in layouts(name, lora)]
+CASES += [(name, f"{name}-from-directory") for name in VARIANTS]
+
+
+@pytest.mark.parametrize(("base", "other"), CASES)
+def test_same_numbers(results: Path, base: str, other: str) -> None:
+    expected, found = result(results, base), result(results, other)
+    count = STEPS - SAVE_AT if "-from-" in other else STEPS
+    assert found["losses"] == pytest.approx(expected["losses"][-count:], abs=2e-6)
+    assert found["test"] == pytest.approx(expected["test"], abs=2e-6)
+    if count == STEPS:
+        assert abs(found["test"] - found["test_of_checkpoint"]) > 2e-6
+    before = torch.load(results / base / "merged.pt", weights_only=True)
+    after = torch.load(results / other / "merged.pt", weights_only=True)
+    assert before.keys() == after.keys() and not any(".lora." in name for name in after)
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, atol=2e-6, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("base", VARIANTS)
+def test_files_hold_the_same(results: Path, base: str) -> None:
+    one = torch.load(results / base / CKPT, weights_only=True)
+    for layout in ("ddp", "fsdp2", "fsdp"):
+        checkpoint = torch.load(results / f"{base}-{layout}" / CKPT, weights_only=True)
+        assert list(checkpoint["state_dict"]) == list(one["state_dict"])
+        ours, theirs = (c["lightning_lora"]["base"]["fingerprint"] for c in (checkpoint, one))
+        assert ours == theirs

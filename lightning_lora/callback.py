@@ -80,6 +80,7 @@ class LoRACallback(Callback):
             task models.
         use_rslora: Scale by ``alpha / sqrt(r)``.
         use_dora: Not available yet.
+        freeze_A: Train B alone (LoRA-FA).
         init: ``"kaiming"``, ``"gaussian"``, or ``"loftq"`` for a quantized base.
         merge_on_fit_end: Merge when a fit ends.
         merge_from: Merge the ``"last"`` weights, or those of the ``"best"`` checkpoint.
@@ -132,6 +133,7 @@ class LoRACallback(Callback):
         modules_to_save: str | list[str] | None = "auto",
         use_rslora: bool = False,
         use_dora: bool = False,
+        freeze_A: bool = False,
         init: str = "kaiming",
         merge_on_fit_end: bool = True,
         merge_from: str = "last",
@@ -158,6 +160,7 @@ class LoRACallback(Callback):
             modules_to_save=modules_to_save,
             use_rslora=use_rslora,
             use_dora=use_dora,
+            freeze_A=freeze_A,
             init=init,
         )
         if merge_from not in ("last", "best"):

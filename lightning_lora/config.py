@@ -62,6 +62,9 @@ class LoRAConfig:
         use_rslora: Scale by ``alpha / sqrt(r)``.
         use_dora: Reserved for weight-decomposed adapters; not available yet, so ``True`` is
             refused.
+        freeze_A: Keep A as it is drawn and train B alone (LoRA-FA, arXiv:2308.03303), so that the
+            backward pass needs no inputs of adapted layers. Of embeddings, where B is drawn and A
+            starts from zero, B is kept.
         init: Initialisation of A: ``"kaiming"`` (uniform, as in PEFT and loralib) or ``"gaussian"``
             (standard deviation ``1 / r``). B is zero. ``"loftq"`` starts both of a quantized base
             from the error of its quantization (arXiv:2310.08659), which needs the original weights'
@@ -96,6 +99,7 @@ class LoRAConfig:
     modules_to_save: str | list[str] | None = "auto"
     use_rslora: bool = False
     use_dora: bool = False
+    freeze_A: bool = False  # noqa: N815
     init: str = "kaiming"
 
     def __post_init__(self) -> None:
@@ -177,7 +181,7 @@ class LoRAConfig:
                 "modules_to_save must be 'auto', null, or a list of module names, got "
                 f"{self.modules_to_save!r}"
             )
-        for name in ("train_layer_norms", "train_embeddings", "use_rslora", "use_dora"):
+        for name in ("train_layer_norms", "train_embeddings", "use_rslora", "use_dora", "freeze_A"):
             if not isinstance(getattr(self, name), bool):
                 problems.append(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.use_dora is True:

@@ -228,6 +228,7 @@ def _build_factors(
             dtype=weight.dtype,
             slices=target.slices,
             zero=adapted.zero_factor,
+            frozen=target.frozen,
         ).train(module.training)
     return factors
 

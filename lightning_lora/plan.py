@@ -30,6 +30,7 @@ class Target:
         slices: The parts of a fused projection that are adapted, each with rank r; ``None`` if the
             whole layer is.
         weights: Names of the layer's parameters that the update is added to.
+        frozen: Names of the factors that stay as they are drawn.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Target:
     tied_to: str | None = None
     slices: Slices | None = None
     weights: tuple[str, ...] = ("weight",)
+    frozen: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -49,6 +51,13 @@ class Target:
         if self.tied_to is not None:
             return 0
         return _product(self.A_shape) + _product(self.B_shape)
+
+    @property
+    def frozen_parameters(self) -> int:
+        """Number of those that do not train."""
+        if self.tied_to is not None:
+            return 0
+        return sum(_product({"A": self.A_shape, "B": self.B_shape}[leaf]) for leaf in self.frozen)
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,8 @@ class Plan:
     @property
     def trainable_parameters(self) -> int:
         """Number of parameters that train: factors, biases, norms, embeddings and whole modules."""
-        return self.lora_parameters + sum(self.counts().values())
+        frozen = sum(target.frozen_parameters for target in self.targets)
+        return self.lora_parameters - frozen + sum(self.counts().values())
 
     @property
     def total_parameters(self) -> int:
@@ -141,6 +151,8 @@ class Plan:
             "whole": escape(f"trained whole ({listed(self.saved_modules, limit=3)})"),
         }
         table.add_row("parameters", f"{self.lora_parameters:,}", "LoRA factors")
+        if frozen := sum(target.frozen_parameters for target in self.targets):
+            table.add_row("", f"-{frozen:,}", "of these stay as they are drawn")
         for reason, count in self.counts().items():
             if count:
                 table.add_row("", f"{count:,}", labels[reason])

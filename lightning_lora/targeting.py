@@ -309,6 +309,7 @@ def _targets(
             tied_to=None if first == name else first,
             slices=parts,
             weights=weights,
+            frozen=("A" if adapted.zero_factor == "B" else "B",) if config.freeze_A else (),
         )
 
 

@@ -35,6 +35,7 @@ class LoRAFactors(nn.Module):
         dtype: Dtype of the adapted weight; the factors take it if it is wider than float32.
         slices: The parts of a fused projection that have factors, if not the whole of it has.
         zero: The factor that is zero at first, ``"A"`` or ``"B"``; the other is drawn.
+        frozen: Names of the factors that do not train.
 
     Attributes:
         A: Parameter of shape ``A_shape``.
@@ -58,6 +59,7 @@ class LoRAFactors(nn.Module):
         dtype: torch.dtype,
         slices: Slices | None = None,
         zero: str = "B",
+        frozen: Sequence[str] = (),
     ) -> None:
         super().__init__()
         master = (
@@ -65,7 +67,7 @@ class LoRAFactors(nn.Module):
         )
         self.name, self.init, self.seed = name, init, seed
         self.r, self.alpha, self.scaling, self.dropout = r, alpha, scaling, dropout
-        self.slices, self.zero = slices, zero
+        self.slices, self.zero, self.frozen = slices, zero, tuple(frozen)
         self.hidden = False
         self.A = nn.Parameter(torch.empty(*A_shape, device=device, dtype=master))
         self.B = nn.Parameter(torch.empty(*B_shape, device=device, dtype=master))

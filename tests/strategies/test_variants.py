@@ -14,6 +14,7 @@ from tests.strategies.test_scenarios import result, run, sgd
 CKPT = f"step={SAVE_AT}.ckpt"
 DIRECTORY = {"save_distributed_checkpoint": True}
 VARIANTS: dict[str, dict[str, Any]] = {
+    "frozen-a": {"freeze_A": True, "bias": "all"},
     "bitfit": {"r": 0, "bias": "all", "modules_to_save": ["head"]},
 }
 pytestmark = pytest.mark.slow
@@ -32,8 +33,11 @@ def layouts(name: str, lora: dict[str, Any]) -> list[Scenario]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("variants")
+    half = {"precision": "bf16-true"}
     run(root, 1, [sgd(name, lora=lora) for name, lora in VARIANTS.items()])
-    run(root, 2, [each for name, lora in VARIANTS.items() for each in layouts(name, lora)])
+    two = [each for name, lora in VARIANTS.items() for each in layouts(name, lora)]
+    two.append(sgd("half", "fsdp2", lora=VARIANTS["frozen-a"], trainer=half))
+    run(root, 2, two)
     last = [
         sgd(f"{name}-from-directory", lora=lora, resume=f"{name}-directory/{CKPT}")
         for name, lora in VARIANTS.items()
@@ -69,3 +73,15 @@ def test_files_hold_the_same(results: Path, base: str) -> None:
         assert list(checkpoint["state_dict"]) == list(one["state_dict"])
         ours, theirs = (c["lightning_lora"]["base"]["fingerprint"] for c in (checkpoint, one))
         assert ours == theirs
+
+
+def test_frozen_factors_are_saved_as_they_were_drawn(results: Path) -> None:
+    states = [
+        torch.load(results / name / CKPT, weights_only=True)["state_dict"]
+        for name in ("frozen-a", "frozen-a-fsdp2", "frozen-a-fsdp", "half")
+    ]
+    factors = [{n: t for n, t in state.items() if n.endswith("lora.A")} for state in states]
+    for found in factors:
+        assert found and found.keys() == factors[0].keys()
+        for name, tensor in found.items():
+            assert torch.equal(tensor, factors[0][name]) and tensor.dtype == torch.float32

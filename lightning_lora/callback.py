@@ -81,7 +81,8 @@ class LoRACallback(Callback):
         use_rslora: Scale by ``alpha / sqrt(r)``.
         use_dora: Not available yet.
         freeze_A: Train B alone (LoRA-FA).
-        init: ``"kaiming"``, ``"gaussian"``, or ``"loftq"`` for a quantized base.
+        init: ``"kaiming"``, ``"gaussian"``, ``"orthogonal"``, ``"pissa"``, ``"pissa_niter_4"``,
+            ``"olora"``, ``"eva"``, or ``"loftq"`` for a quantized base.
         merge_on_fit_end: Merge when a fit ends.
         merge_from: Merge the ``"last"`` weights, or those of the ``"best"`` checkpoint.
         merge_base: What a quantized base is replaced by while it is merged: ``"dequantized"``

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -23,7 +24,7 @@ from lightning_lora.validation import (
 
 PRESETS = ("all-linear", "qv", "attention")
 BIAS_MODES = ("none", "lora_only", "all")
-INITS = ("kaiming", "gaussian", "loftq")
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "loftq")
 
 
 @dataclass
@@ -66,9 +67,15 @@ class LoRAConfig:
             backward pass needs no inputs of adapted layers. Of embeddings, where B is drawn and A
             starts from zero, B is kept.
         init: Initialisation of A: ``"kaiming"`` (uniform, as in PEFT and loralib) or ``"gaussian"``
-            (standard deviation ``1 / r``). B is zero. ``"loftq"`` starts both of a quantized base
-            from the error of its quantization (arXiv:2310.08659), which needs the original weights'
-            files.
+            (standard deviation ``1 / r``), with B zero; ``"orthogonal"`` draws both such that their
+            product is zero (as PEFT's, r must be even). ``"pissa"`` starts both from the principal
+            part of the weight (arXiv:2404.02948; ``"pissa_niter_4"`` by a randomized SVD of four
+            iterations, which is much faster) and ``"olora"`` from its QR decomposition
+            (arXiv:2406.01775); the base stays as it is, and the start is subtracted from the
+            update, on the same input, dropout included. ``"eva"`` starts A from the principal
+            components of the layer's inputs (arXiv:2410.07170), in the first batches of training.
+            ``"loftq"`` starts both of a quantized base from the error of its quantization
+            (arXiv:2310.08659), which needs the original weights' files.
 
     Raises:
         ConfigError: Lists every problem found, not only the first.
@@ -173,7 +180,7 @@ class LoRAConfig:
             "alpha_pattern", self.alpha_pattern, is_positive, "an alpha above 0"
         )
         problems += choice_problems("bias", self.bias, BIAS_MODES)
-        problems += choice_problems("init", self.init, INITS)
+        problems += self._init_problems()
         if self.modules_to_save not in (None, "auto") and not is_name_list(
             self.modules_to_save, empty=True
         ):
@@ -199,6 +206,17 @@ class LoRAConfig:
                 "bias='lora_only' trains the biases of adapted layers, and r=0 adapts none: use "
                 "'all' or 'none'"
             )
+        return problems
+
+    def _init_problems(self) -> list[str]:
+        if isinstance(self.init, str) and re.fullmatch(r"pissa_niter_[1-9]\d*", self.init):
+            return []
+        problems = choice_problems("init", self.init, INITS)
+        pattern = self.rank_pattern if isinstance(self.rank_pattern, Mapping) else {}
+        ranks = [self.r, *pattern.values()]
+        odd = [r for r in ranks if is_rank(r) and r % 2]
+        if self.init == "orthogonal" and odd:
+            problems.append(f"init='orthogonal' needs even ranks, got {', '.join(map(str, odd))}")
         return problems
 
     def _block_problems(self) -> list[str]:

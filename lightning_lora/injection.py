@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, TargetError
 from lightning_lora.freezing import freeze
+from lightning_lora.initialization import check_kinds
+from lightning_lora.initialization import initialize as initialize_factors
 from lightning_lora.layers import LoRAFactors, LoRALayer, adapted_class
-from lightning_lora.loftq import initialize_from_error
 from lightning_lora.names import clean_name, modules_by_name, persistent_buffers, unwrap
 from lightning_lora.plan import Plan
 from lightning_lora.quantization import allow_repacking, keep_trainable
@@ -89,8 +90,9 @@ def inject_lora(
 ) -> Plan:
     """Adapt a model in place and freeze the rest.
 
-    Right after it the model's output is bitwise what it was (B is zero, unless ``init="loftq"`` has
-    it correct what quantization took away). Injecting the same
+    Right after it the model's output is bitwise what it was: B is zero. With ``init="pissa"``,
+    ``"olora"`` or ``"orthogonal"`` it is so within rounding, and ``init="loftq"`` corrects what
+    quantization took away. Injecting the same
     settings again does nothing.
 
     Args:
@@ -98,8 +100,8 @@ def inject_lora(
         config: The settings; or give them as keywords (``r=8, target_modules=["fc1"]``).
         seed: Seed of the factors' initial values; drawn from torch's global generator by default,
             and so reproducible under `lightning.seed_everything`.
-        initialize: Whether ``init="loftq"`` reads the base model's files now; not where an adapter
-            is loaded next.
+        initialize: Whether an ``init`` that depends on the base weights reads them now; not where
+            an adapter is loaded next.
         **settings: Fields of `LoRAConfig`.
 
     Returns:
@@ -134,13 +136,14 @@ def inject_lora(
             )
     plan = make_plan(model, config)
     _refuse_tensor_parallel(model, plan)
+    check_kinds(model, plan, config)
     if seed is None:
         seed = int(torch.randint(2**62, (1,), device="cpu"))
     factors = _build_factors(model, plan, config, seed)
     repacked = keep_trainable(model)
-    if config.init == "loftq" and initialize and plan.targets:
+    if initialize and plan.targets:
         try:
-            initialize_from_error(model, plan, factors)
+            initialize_factors(model, plan, factors, config)
         except ConfigError:
             allow_repacking(model, repacked)
             raise
@@ -229,6 +232,7 @@ def _build_factors(
             slices=target.slices,
             zero=adapted.zero_factor,
             frozen=target.frozen,
+            keeps_start=target.keeps_start,
         ).train(module.training)
     return factors
 

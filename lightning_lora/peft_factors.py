@@ -18,11 +18,13 @@ def peft_multiple(module: nn.Module, target: Target) -> int:
     """How often the rank r goes into the rank that the layer has in PEFT.
 
     PEFT has no factors for parts of a layer: k parts of rank r become factors of rank ``k * r`` for
-    the whole of it, with zeros where a part does not reach.
+    the whole of it, with zeros where a part does not reach. Factors that go with what they started
+    from have twice the rank.
     """
+    times = 2 if target.keeps_start else 1
     if target.slices is not None and target.slices.widths is None:
-        return len(target.slices.adapted)
-    return module.groups if isinstance(module, _ConvNd) else 1
+        return times * len(target.slices.adapted)
+    return module.groups if isinstance(module, _ConvNd) else times
 
 
 def peft_alpha(module: nn.Module, target: Target, use_rslora: bool) -> float:
@@ -116,8 +118,8 @@ def attention_of(name: str, targets: Mapping[str, Target], modules: Mapping[str,
     if outer not in targets or not isinstance(modules[outer], nn.MultiheadAttention):
         return ""
     inner, around = targets[name], targets[outer]
-    k = peft_multiple(modules[outer], around)
-    if (inner.r, inner.alpha) != (k * around.r, k * around.alpha):
+    k, own = peft_multiple(modules[outer], around), peft_multiple(modules[name], inner)
+    if (own * inner.r, own * inner.alpha) != (k * around.r, k * around.alpha):
         raise CheckpointError(
             f"PEFT has one rank and alpha for {outer!r} and its output projection. Give them the "
             "same, and adapt the whole of it."

@@ -24,6 +24,7 @@ from lightning_lora.peft_factors import (
     refuse_for_peft,
     without_effect,
 )
+from lightning_lora.start import without_starts
 
 _PREFIX = "base_model.model."
 # Settings of PEFT that change the mathematics and have no counterpart here.
@@ -79,6 +80,8 @@ def to_peft_tensors(
         for name in adapted
         for outer in [attention_of(name, adapted, modules)]
     }
+    parts = {name: len(t.slices.adapted) for name, t in adapted.items() if t.slices is not None}
+    state, _ = without_starts(state, parts)
     tensors = {}
     for name, tensor in state.items():
         if not name.startswith(prefix):

@@ -31,6 +31,7 @@ class Target:
             whole layer is.
         weights: Names of the layer's parameters that the update is added to.
         frozen: Names of the factors that stay as they are drawn.
+        keeps_start: Whether the factors go with what they started from, which is subtracted.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Target:
     slices: Slices | None = None
     weights: tuple[str, ...] = ("weight",)
     frozen: tuple[str, ...] = ()
+    keeps_start: bool = False
 
     @property
     def parameters(self) -> int:

@@ -162,7 +162,7 @@ def merge_quantized(
             weight = dequantized(layer, torch.float32)
             trained = weight
             if isinstance(factors, LoRAFactors):
-                delta = delta_weight(factors.A, factors.B, factors.scaling).to(weight.device)
+                delta = delta_weight(*factors.pair(), factors.scaling).to(weight.device)
                 trained = weight + delta
             if read is None:
                 merged = trained

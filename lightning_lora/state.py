@@ -17,6 +17,7 @@ from lightning_lora.names import clean_name, listed, modules_by_name
 from lightning_lora.plan import Target
 from lightning_lora.quantization import is_pending, quantization_of, quantized_layers, scales
 from lightning_lora.sharded import reshard, write
+from lightning_lora.start import START, keeps_start
 
 FORMAT_VERSION = 1
 METADATA_KEY = "lightning_lora"
@@ -267,6 +268,9 @@ def _config_differences(metadata: Mapping[str, Any], here: Mapping[str, Any]) ->
         yield f"target_modules: adapted in the checkpoint alone: {listed(only_theirs)}"
     if only_ours:
         yield f"target_modules: adapted here alone: {listed(only_ours)}"
+    inits = [str(each["config"].get("init")) for each in (metadata, here)]
+    if keeps_start(inits[0]) != keeps_start(inits[1]):
+        yield f"init: {inits[0]!r} in the checkpoint, {inits[1]!r} now"
     yield from _setting_differences(metadata, here, _SHAPING)
 
 
@@ -280,12 +284,15 @@ def _setting_differences(
 
 
 def trained_shapes(record: Injection) -> dict[str, tuple[int, ...]]:
-    """The parameters that train, and the shapes they have when they are not sharded."""
+    """The parameters that train or go with them, and their shapes when they are not sharded."""
     shapes = {parameter.name: parameter.shape for parameter in record.plan.trained}
     for target in record.plan.targets:
         if target.tied_to is None:
             shapes[f"{target.name}.lora.A"] = target.A_shape
             shapes[f"{target.name}.lora.B"] = target.B_shape
+            if target.keeps_start:
+                shapes[f"{target.name}.lora.{START['A']}"] = target.A_shape
+                shapes[f"{target.name}.lora.{START['B']}"] = target.B_shape
     return shapes
 
 

@@ -32,6 +32,7 @@ from lightning_lora.obstacles import (
 from lightning_lora.plan import Plan, Target
 from lightning_lora.quantization import count_parameters, quantized_layers
 from lightning_lora.slices import Slices
+from lightning_lora.start import keeps_start
 from lightning_lora.trained import saved_modules, trained_parameters
 
 N = TypeVar("N", int, float)
@@ -310,6 +311,7 @@ def _targets(
             slices=parts,
             weights=weights,
             frozen=("A" if adapted.zero_factor == "B" else "B",) if config.freeze_A else (),
+            keeps_start=keeps_start(config.init),
         )
 
 

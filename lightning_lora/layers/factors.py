@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.slices import Slices
+from lightning_lora.start import START, with_start
 
 
 class LoRAFactors(nn.Module):
@@ -29,20 +30,27 @@ class LoRAFactors(nn.Module):
         alpha: Numerator of the scaling.
         scaling: The factor s in front of the update.
         dropout: Probability of dropping an element of the adapter's input while training.
-        init: ``"kaiming"`` or ``"gaussian"``.
+        init: ``"kaiming"``, ``"gaussian"`` or ``"orthogonal"``; others replace a Kaiming draw.
         seed: Seed of the initialisation.
         device: Device of the factors.
         dtype: Dtype of the adapted weight; the factors take it if it is wider than float32.
         slices: The parts of a fused projection that have factors, if not the whole of it has.
         zero: The factor that is zero at first, ``"A"`` or ``"B"``; the other is drawn.
         frozen: Names of the factors that do not train.
+        keeps_start: Whether what the factors start from is kept and subtracted, see
+            `lightning_lora.start`.
 
     Attributes:
         A: Parameter of shape ``A_shape``.
         B: Parameter of shape ``B_shape``.
+        A_init: Where the start is kept, what A started from; a parameter that does not train.
+        B_init: The same of B.
         hidden: While true (the factors are merged into the weight), state dicts leave the factors
             out.
     """
+
+    A_init: nn.Parameter
+    B_init: nn.Parameter
 
     def __init__(
         self,
@@ -60,6 +68,7 @@ class LoRAFactors(nn.Module):
         slices: Slices | None = None,
         zero: str = "B",
         frozen: Sequence[str] = (),
+        keeps_start: bool = False,
     ) -> None:
         super().__init__()
         master = (
@@ -71,14 +80,20 @@ class LoRAFactors(nn.Module):
         self.hidden = False
         self.A = nn.Parameter(torch.empty(*A_shape, device=device, dtype=master))
         self.B = nn.Parameter(torch.empty(*B_shape, device=device, dtype=master))
+        if keeps_start:
+            for leaf, name in START.items():
+                start = torch.zeros_like(getattr(self, leaf).data)
+                self.register_parameter(name, nn.Parameter(start, requires_grad=False))
+            self.frozen += tuple(START.values())
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw A anew (the same values each time) and set B to zero; a no-op on the meta device.
 
         ``"kaiming"`` is PEFT's and loralib's uniform distribution with bound ``1 / sqrt(fan_in)``;
-        ``"gaussian"`` is normal with standard deviation ``1 / r``. Where A is the zero one, B is
-        drawn from a normal distribution with standard deviation 1, as they do for embeddings.
+        ``"gaussian"`` is normal with standard deviation ``1 / r``; with ``"orthogonal"`` (as in
+        PEFT) neither is zero and their product is. Where A is the zero one, B is drawn from a
+        normal distribution with standard deviation 1, as they do for embeddings.
         """
         if self.A.is_meta:
             return
@@ -95,10 +110,13 @@ class LoRAFactors(nn.Module):
         """
         # On the CPU even inside `with torch.device(...)`: the draw must not depend on the device.
         value = torch.zeros(*shape, dtype=getattr(self, factor).dtype, device="cpu")
+        if factor in START.values():
+            return value
+        if self.init == "orthogonal":
+            return self._orthogonal(factor, value)
         if factor == self.zero:
             return value
-        digest = hashlib.blake2b(f"{self.seed}:{self.name}".encode(), digest_size=7).digest()
-        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big"))
+        generator = self._generator()
         if factor == "B":
             return value.normal_(generator=generator)
         if self.init == "gaussian":
@@ -108,14 +126,48 @@ class LoRAFactors(nn.Module):
             nn.init.kaiming_uniform_(part, a=math.sqrt(5), generator=generator)
         return value
 
+    def _generator(self, purpose: str = "") -> torch.Generator:
+        text = f"{self.seed}:{self.name}{purpose}"
+        digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
+        return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big"))
+
+    def _orthogonal(self, factor: str, value: Tensor) -> Tensor:
+        """A from the even rows of one orthogonal matrix, B from the odd ones, so that B A = 0.
+
+        After https://datta0.github.io/posts/rethink-lora-init, with PEFT's factor of 1 / 10.
+        """
+        square = torch.randn(self.r, self.r, generator=self._generator(":Q"), dtype=torch.float64)
+        Q = torch.linalg.qr(square)[0].to(value.dtype)
+        generator = self._generator(f":{factor}")
+        for part in value.split(self.r) if factor == "A" else [value]:
+            width = part.shape[1] if factor == "A" else part.shape[0]
+            mixed = torch.randn(width, self.r // 2, generator=generator, dtype=value.dtype)
+            if factor == "A":
+                part.copy_((mixed @ Q[0::2]).t() / 10)
+            else:
+                part.copy_(mixed @ Q[1::2] / 10)
+        return value
+
+    @torch.no_grad()
+    def start_from(self, factor: str, value: Tensor) -> None:
+        """Set a factor to a value, and keep it as what the factor started from."""
+        getattr(self, factor).copy_(value)
+        getattr(self, START[factor]).copy_(value)
+
     def pair(self) -> tuple[Tensor, Tensor]:
         """A and B of the whole layer's update; sliced factors have zeros in the other rows of B.
 
-        Parts with inputs of their own stay as they are stored, see `Slices.blocks`.
+        Parts with inputs of their own stay as they are stored, see `Slices.blocks`. Where the
+        start is kept, both have rank 2r, see `lightning_lora.start.with_start`.
         """
+        A: Tensor = self.A
+        B: Tensor = self.B
+        if "A_init" in self._parameters:
+            parts = 1 if self.slices is None else len(self.slices.adapted)
+            A, B = with_start(A, B, self.A_init, self.B_init, parts)
         if self.slices is None or self.slices.widths is not None:
-            return self.A, self.B
-        return self.A, self.slices.spread(self.B)
+            return A, B
+        return A, self.slices.spread(B)
 
     def forward(self, update: Callable[..., Tensor], *inputs: Any) -> Tensor:
         """Run ``update(*inputs, A, B, scaling, dropout)``, with A and B as `pair` gives them;

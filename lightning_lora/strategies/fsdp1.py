@@ -174,7 +174,12 @@ class FlatSharded(Sharded):
                 layer, _, leaf = name.rpartition(".")
                 module = modules[layer]
                 assert isinstance(module, LoRALayer)
-                wholes = {leaf: factors[f"{layer}.lora.{leaf}"].to(weight.device) for leaf in "AB"}
+                prefix = f"{layer}.lora."
+                wholes = {
+                    key.removeprefix(prefix): factor.to(weight.device)
+                    for key, factor in factors.items()
+                    if key.startswith(prefix)
+                }
                 with in_place_of(unwrap(module.lora), wholes):
                     delta = module.delta_weights()[leaf]
                 record.base_weights[name] = (weight, _my_part(weight).to("cpu", copy=True))

@@ -15,6 +15,7 @@ CKPT = f"step={SAVE_AT}.ckpt"
 DIRECTORY = {"save_distributed_checkpoint": True}
 VARIANTS: dict[str, dict[str, Any]] = {
     "frozen-a": {"freeze_A": True, "bias": "all"},
+    "pissa": {"init": "pissa_niter_4"},
     "bitfit": {"r": 0, "bias": "all", "modules_to_save": ["head"]},
 }
 pytestmark = pytest.mark.slow

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lightning_lora.callback import LoRACallback
     from lightning_lora.config import LoRAConfig
     from lightning_lora.fused import register_fused
+    from lightning_lora.initialization.inputs import initialize_from_inputs
     from lightning_lora.injection import inject_lora
     from lightning_lora.interop import load_adapter, save_adapter, swap_adapter
     from lightning_lora.layers import LoRALayer, register_layer
@@ -31,6 +32,7 @@ __all__ = [
     "LoRALayer",
     "Plan",
     "adapter_state_dict",
+    "initialize_from_inputs",
     "inject_lora",
     "load_adapter",
     "load_adapter_state_dict",
@@ -53,6 +55,7 @@ _HOMES = {
     "LoRALayer": "lightning_lora.layers",
     "Plan": "lightning_lora.plan",
     "adapter_state_dict": "lightning_lora.state",
+    "initialize_from_inputs": "lightning_lora.initialization.inputs",
     "inject_lora": "lightning_lora.injection",
     "load_adapter": "lightning_lora.interop",
     "load_adapter_state_dict": "lightning_lora.state",

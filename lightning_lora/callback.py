@@ -32,6 +32,7 @@ from lightning_lora.checks import (
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError
 from lightning_lora.export import announce_export, export_model
+from lightning_lora.first_batches import initialize_from_first_batches
 from lightning_lora.freezing import cast_frozen, check_dtype, freeze
 from lightning_lora.injection import inject_lora, injection_of, require_injection
 from lightning_lora.plan import Plan
@@ -93,6 +94,7 @@ class LoRACallback(Callback):
             (``adapter``), written when a fit ends.
         frozen_dtype: Keep the frozen matrices in ``"bf16"`` or ``"fp16"`` (for mixed precision), or
             as they are.
+        init_batches: How many training batches each process runs before a fit with ``init="eva"``.
         exact_resume: Also save and restore random states and the position in the data, so that a
             resumed run continues bitwise where it was interrupted.
         verbose: Print what was adapted.
@@ -141,6 +143,7 @@ class LoRACallback(Callback):
         merge_base: str = "dequantized",
         export_dir: str | None = None,
         frozen_dtype: str | None = None,
+        init_batches: int = 16,
         exact_resume: bool = True,
         verbose: bool = True,
     ) -> None:
@@ -166,6 +169,9 @@ class LoRACallback(Callback):
         )
         if merge_from not in ("last", "best"):
             raise ConfigError(f"merge_from must be 'last' or 'best', got {merge_from!r}")
+        if init_batches < 1:
+            raise ConfigError(f"init_batches must be at least 1, got {init_batches}")
+        self.init_batches = init_batches
         self.frozen_dtype = check_dtype(frozen_dtype)
         self.merge_base = check_merge_base(merge_base)
         self.merge_on_fit_end = merge_on_fit_end
@@ -208,6 +214,12 @@ class LoRACallback(Callback):
             check_best_checkpoint(trainer)
         if self.export_dir is not None:
             announce_export(pl_module, self._sharding)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.config.init == "eva" and self.config.r:
+            batches, sharded = self.init_batches, self._sharding.is_sharded
+            initialize_from_first_batches(trainer, pl_module, batches, sharded)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

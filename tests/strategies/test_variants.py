@@ -18,6 +18,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pissa": {"init": "pissa_niter_4"},
     "bitfit": {"r": 0, "bias": "all", "modules_to_save": ["head"]},
 }
+# From data, which needs the whole model in each process.
+EVA = {"init": "eva", "target_modules": ["linear1", "linear2", "query"], "init_batches": 6}
 pytestmark = pytest.mark.slow
 
 
@@ -35,9 +37,11 @@ def layouts(name: str, lora: dict[str, Any]) -> list[Scenario]:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("variants")
     half = {"precision": "bf16-true"}
-    run(root, 1, [sgd(name, lora=lora) for name, lora in VARIANTS.items()])
+    run(root, 1, [sgd(name, lora=lora) for name, lora in [*VARIANTS.items(), ("eva", EVA)]])
     two = [each for name, lora in VARIANTS.items() for each in layouts(name, lora)]
     two.append(sgd("half", "fsdp2", lora=VARIANTS["frozen-a"], trainer=half))
+    two.append(sgd("eva-ddp", "ddp", lora=EVA))
+    two.append(sgd("eva-fsdp2-from-one", "fsdp2", lora=EVA, resume=f"eva/{CKPT}"))
     run(root, 2, two)
     last = [
         sgd(f"{name}-from-directory", lora=lora, resume=f"{name}-directory/{CKPT}")
@@ -49,6 +53,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 CASES = [(name, other.name) for name, lora in VARIANTS.items() for other in layouts(name, lora)]
 CASES += [(name, f"{name}-from-directory") for name in VARIANTS]
+CASES += [("eva", "eva-fsdp2-from-one")]
 
 
 @pytest.mark.parametrize(("base", "other"), CASES)
@@ -86,3 +91,15 @@ def test_frozen_factors_are_saved_as_they_were_drawn(results: Path) -> None:
         assert found and found.keys() == factors[0].keys()
         for name, tensor in found.items():
             assert torch.equal(tensor, factors[0][name]) and tensor.dtype == torch.float32
+
+
+def test_processes_find_the_components_of_all_their_batches(results: Path) -> None:
+    one, two = (
+        torch.load(results / name / CKPT, weights_only=True)["state_dict"]
+        for name in ("eva", "eva-ddp")
+    )
+    for name, A in one.items():
+        if name.endswith("lora.A"):
+            cosines = torch.linalg.svdvals(A @ two[name].t())
+            scale = torch.linalg.svdvals(A) * torch.linalg.svdvals(two[name])
+            assert (cosines / scale).min() > 0.99, name

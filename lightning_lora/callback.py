@@ -77,6 +77,7 @@ class LoRACallback(Callback):
         bias: ``"none"``, ``"lora_only"`` or ``"all"``.
         train_layer_norms: Train the LayerNorms and RMSNorms.
         train_embeddings: Train the embedding tables.
+        trainable_token_indices: Rows of the embeddings that train.
         modules_to_save: Modules that are trained whole; ``"auto"`` for the heads of Hugging Face
             task models.
         use_rslora: Scale by ``alpha / sqrt(r)``.
@@ -133,6 +134,7 @@ class LoRACallback(Callback):
         bias: str = "none",
         train_layer_norms: bool = False,
         train_embeddings: bool = False,
+        trainable_token_indices: list[int] | dict[str, list[int]] | None = None,
         modules_to_save: str | list[str] | None = "auto",
         use_rslora: bool = False,
         use_dora: bool = False,
@@ -161,6 +163,7 @@ class LoRACallback(Callback):
             bias=bias,
             train_layer_norms=train_layer_norms,
             train_embeddings=train_embeddings,
+            trainable_token_indices=trainable_token_indices,
             modules_to_save=modules_to_save,
             use_rslora=use_rslora,
             use_dora=use_dora,

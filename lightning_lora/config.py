@@ -58,6 +58,9 @@ class LoRAConfig:
             ``"all"``.
         train_layer_norms: Train every LayerNorm, RMSNorm and GroupNorm, found by type.
         train_embeddings: Train every embedding table whole.
+        trainable_token_indices: Rows of the embeddings that train, new tokens for instance, while
+            the others stay: a list for the input embeddings, or ``{name suffix: list}``. A head
+            that is tied to the embedding has the same rows.
         modules_to_save: Modules that are trained whole: a list of names, or ``"auto"`` for the
             newly initialised head of a Hugging Face task model, or ``None``.
         use_rslora: Scale by ``alpha / sqrt(r)``.
@@ -103,6 +106,7 @@ class LoRAConfig:
     bias: str = "none"
     train_layer_norms: bool = False
     train_embeddings: bool = False
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     modules_to_save: str | list[str] | None = "auto"
     use_rslora: bool = False
     use_dora: bool = False
@@ -173,6 +177,7 @@ class LoRAConfig:
         if self.exclude_modules is not None:
             problems += pattern_problems("exclude_modules", self.exclude_modules, ())
         problems += self._block_problems()
+        problems += self._token_problems()
         problems += mapping_problems(
             "rank_pattern", self.rank_pattern, is_rank, "a rank of at least 1"
         )
@@ -206,6 +211,29 @@ class LoRAConfig:
                 "bias='lora_only' trains the biases of adapted layers, and r=0 adapts none: use "
                 "'all' or 'none'"
             )
+        return problems
+
+    def _token_problems(self) -> list[str]:
+        wanted, name = self.trainable_token_indices, "trainable_token_indices"
+        if wanted is None:
+            return []
+        lists = wanted if isinstance(wanted, Mapping) else {"": wanted}
+        problems = []
+        for key, indices in lists.items():
+            label = f"{name}[{key!r}]" if key else name
+            if not (
+                isinstance(indices, list)
+                and indices
+                and all(is_whole(index) and index >= 0 for index in indices)
+                and len(set(indices)) == len(indices)
+            ):
+                problems.append(
+                    f"{label} must be a list of different token numbers, got {indices!r}"
+                )
+        if not lists or not all(isinstance(key, str) for key in lists):
+            problems.append(f"{name} must map name suffixes to lists, got {wanted!r}")
+        if self.train_embeddings is True:
+            problems.append(f"{name} trains rows of what train_embeddings trains whole; set one")
         return problems
 
     def _init_problems(self) -> list[str]:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.layers import LoRAFactors
+from lightning_lora.layers import Masters
 from lightning_lora.matching import inside
 from lightning_lora.names import clean_name
 from lightning_lora.plan import Plan
@@ -30,7 +30,7 @@ def freeze(model: nn.Module, plan: Plan) -> None:
     factors = {
         id(parameter)
         for module in model.modules()
-        if isinstance(module, LoRAFactors)
+        if isinstance(module, Masters)
         for leaf, parameter in module.named_parameters()
         if leaf not in module.frozen
     }
@@ -80,7 +80,7 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     # Packed weights may be stored in a floating-point dtype whose values mean nothing.
     left_out = {id(layer.weight) for layer in quantized_layers(model).values()}
     for module in model.modules():
-        if isinstance(module, LoRAFactors):
+        if isinstance(module, Masters):
             left_out.update(map(id, module.parameters()))
     for parameter in model.parameters():
         if id(parameter) in left_out:

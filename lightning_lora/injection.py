@@ -19,6 +19,7 @@ from lightning_lora.plan import Plan
 from lightning_lora.quantization import allow_repacking, keep_trainable
 from lightning_lora.sharded import has_other_layout, is_sharded, local, shard_alike
 from lightning_lora.targeting import make_plan
+from lightning_lora.tokens import add_tokens
 
 ATTRIBUTE = "_lightning_lora"
 
@@ -164,6 +165,7 @@ def inject_lora(
         if target.tied_to is None and is_sharded(weight):
             # The units are fixed by now, and the factors belong to none of them.
             shard_alike(module.lora, weight)
+    add_tokens(modules, plan.tokens)
     record.nested_tensors = _leave_fast_paths(model)
     record.repacked = repacked
     setattr(unwrap(model), ATTRIBUTE, record)

@@ -35,6 +35,7 @@ from lightning_lora.state import (
     audit_metadata,
     load_adapter_state_dict,
 )
+from lightning_lora.tokens import CHILD
 
 # The settings, the state, and the metadata that only checkpoints have.
 _Adapter: TypeAlias = tuple[LoRAConfig, dict[str, Tensor], Mapping[str, Any] | None]
@@ -160,7 +161,7 @@ def _read(path: Path, model: nn.Module) -> _Adapter:
     checkpoint = read_checkpoint(path)
     metadata = checkpoint[METADATA_KEY]
     # Without adapted layers, by what trains itself.
-    owners = [name.rpartition(".")[0] for name in checkpoint["state_dict"]]
+    owners = [n.rpartition(".")[0].removesuffix(f".{CHILD}") for n in checkpoint["state_dict"]]
     prefix = _common_prefix(list(metadata["targets"]) or owners, model, path)
     state = {name.removeprefix(prefix): tensor for name, tensor in checkpoint["state_dict"].items()}
     targets = {name.removeprefix(prefix): target for name, target in metadata["targets"].items()}

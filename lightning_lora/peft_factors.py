@@ -11,7 +11,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from lightning_lora.errors import CheckpointError
 from lightning_lora.layers import LoRAExperts, adapted_class
-from lightning_lora.plan import Target
+from lightning_lora.plan import Target, TokenTarget
+
+# Where PEFT keeps the rows of an embedding that train, behind the name of the embedding.
+PEFT_ROWS = "token_adapter.trainable_tokens_delta"
 
 
 def peft_multiple(module: nn.Module, target: Target) -> int:
@@ -53,6 +56,36 @@ def refuse_for_peft(module: nn.Module, target: Target) -> None:
             f"padding_mode={module.padding_mode!r}: it would compute something else. Export the "
             "merged model."
         )
+
+
+def refuse_tokens_for_peft(
+    model: nn.Module, modules: Mapping[str, nn.Module], target: TokenTarget
+) -> None:
+    """PEFT must train the same rows of the same layers.
+
+    Args:
+        model: What PEFT will know as the model.
+        modules: All modules by name.
+        target: The embedding.
+
+    Raises:
+        CheckpointError: It would leave a tied layer as it is, or a bias out.
+    """
+    if not target.tied:
+        return
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    if not tied or modules[target.name] is not model.get_input_embeddings():  # type: ignore[operator]
+        raise CheckpointError(
+            f"PEFT would not know that {target.tied[0]!r} shares the rows of {target.name!r} that "
+            "train: the config of the model does not say that they are tied. Export the merged "
+            "model."
+        )
+    for name in target.tied:
+        if getattr(modules[name], "bias", None) is not None:
+            raise CheckpointError(
+                f"PEFT leaves the bias of {name!r} out where rows of its weight train: it would "
+                "compute something else. Export the merged model."
+            )
 
 
 def peft_parameters(module: nn.Module, target: Target) -> tuple[str, ...]:

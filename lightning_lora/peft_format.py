@@ -15,6 +15,7 @@ from lightning_lora.injection import require_injection
 from lightning_lora.matching import key_matches, suffix_matches
 from lightning_lora.names import modules_by_name
 from lightning_lora.peft_factors import (
+    PEFT_ROWS,
     attention_of,
     joined,
     peft_alpha,
@@ -22,16 +23,17 @@ from lightning_lora.peft_factors import (
     peft_multiple,
     peft_parameters,
     refuse_for_peft,
+    refuse_tokens_for_peft,
     without_effect,
 )
 from lightning_lora.start import without_starts
+from lightning_lora.tokens import CHILD
 
 _PREFIX = "base_model.model."
 # Settings of PEFT that change the mathematics and have no counterpart here.
 _UNSUPPORTED = (
     "use_dora",
     "layer_replication",
-    "trainable_token_indices",
     "lora_bias",
     "alora_invocation_tokens",
 )
@@ -82,6 +84,7 @@ def to_peft_tensors(
     }
     parts = {name: len(t.slices.adapted) for name, t in adapted.items() if t.slices is not None}
     state, _ = without_starts(state, parts)
+    tokens = {f"{target.name}.{CHILD}": target for target in plan.tokens}
     tensors = {}
     for name, tensor in state.items():
         if not name.startswith(prefix):
@@ -93,6 +96,9 @@ def to_peft_tensors(
             layer = owner.removesuffix(".lora")
             theirs = peft_factors(modules[layer], adapted[layer], leaf, tensor)
             keys = {f"{paths[layer]}.{key}": value for key, value in theirs}
+        elif owner in tokens:
+            refuse_tokens_for_peft(model.get_submodule(prefix.rstrip(".")), modules, tokens[owner])
+            keys = {f"{tokens[owner].name}.{PEFT_ROWS}": tensor}
         elif owner in adapted:
             keys = {f"{paths[owner]}.base_layer.{leaf}": tensor}
         else:
@@ -157,6 +163,10 @@ def to_peft_config(model: nn.Module, prefix: str = "") -> dict[str, Any]:
         "use_rslora": config.use_rslora,
         "use_dora": False,
         "modules_to_save": trained_whole or None,
+        "trainable_token_indices": {
+            target.name.removeprefix(prefix): list(target.indices) for target in plan.tokens
+        }
+        or None,
         "fan_in_fan_out": any(target.kind == "Conv1D" for target in plan.targets),
         "init_lora_weights": True,
     }
@@ -219,6 +229,7 @@ def from_peft_config(
         alpha_pattern=_used_keys(values.get("alpha_pattern"), adapted),
         bias=values.get("bias", "none"),
         modules_to_save=whole,
+        trainable_token_indices=values.get("trainable_token_indices"),
         use_rslora=values.get("use_rslora", False),
     )
 
@@ -267,6 +278,7 @@ def from_peft_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for factor in ("A", "B"):
             name = name.replace(f".lora_{factor}.weight", f".lora.{factor}")
             name = name.replace(f".lora_embedding_{factor}", f".lora.{factor}")
+        name = name.replace(f".{PEFT_ROWS}", f".{CHILD}.rows")
         state[name.replace(".base_layer.", ".")] = tensor
     return state
 

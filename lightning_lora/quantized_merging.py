@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import ConfigError
 from lightning_lora.functional import delta_weight
 from lightning_lora.injection import Injection, Replaced
-from lightning_lora.layers import LoRAFactors
+from lightning_lora.layers import LoRAFactors, Masters
 from lightning_lora.names import listed, modules_by_name
 from lightning_lora.pretrained import stored_weights
 from lightning_lora.quantization import (
@@ -249,7 +249,7 @@ def _own_dtype(model: nn.Module, record: Injection, layers: dict[str, Any]) -> t
     """The dtype that activations have: that of most matrices that are not quantized."""
     left_out = {id(layer.weight) for layer in layers.values()}
     for module in model.modules():
-        if isinstance(module, LoRAFactors):
+        if isinstance(module, Masters):
             left_out.update(map(id, module.parameters()))
     matrices: Counter[torch.dtype] = Counter()
     vectors: Counter[torch.dtype] = Counter()

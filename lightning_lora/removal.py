@@ -9,6 +9,7 @@ from lightning_lora.injection import ATTRIBUTE, no_fast_path, require_injection,
 from lightning_lora.merging import unmerge_lora
 from lightning_lora.names import modules_by_name, unwrap
 from lightning_lora.quantization import allow_repacking
+from lightning_lora.tokens import remove_tokens
 
 
 def remove_lora(model: nn.Module) -> None:
@@ -28,6 +29,7 @@ def remove_lora(model: nn.Module) -> None:
         module = modules[target.name]
         restore_class(module)
         del module.lora
+    remove_tokens(modules, record.plan.tokens)
     for module in modules.values():
         if isinstance(module, nn.TransformerEncoderLayer):
             remove_hook(module, no_fast_path)

@@ -17,12 +17,13 @@ from lightning_lora.names import clean_name, listed, modules_by_name
 from lightning_lora.plan import Target
 from lightning_lora.quantization import is_pending, quantization_of, quantized_layers, scales
 from lightning_lora.sharded import reshard, write
-from lightning_lora.start import START, keeps_start
+from lightning_lora.start import keeps_start
+from lightning_lora.tokens import CHILD, rows_of, without_rows
 
 FORMAT_VERSION = 1
 METADATA_KEY = "lightning_lora"
 # Settings that shape the state; the others (dropout, init) may change between save and load.
-_SHAPING = ("bias", "train_layer_norms", "train_embeddings")
+_SHAPING = ("bias", "train_layer_norms", "train_embeddings", "trainable_token_indices")
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -139,12 +140,21 @@ def _fingerprinted(model: nn.Module, without: Iterable[str] = ()) -> Iterator[Te
     """The frozen base, packed weights with their scales; without the weights of some layers."""
     modules = modules_by_name(model)
     left_out = {id(modules[name].weight) for name in without if name in modules}
+    record = require_injection(model)
+    # Rows that train are no part of the base: new ones differ each time embeddings are resized.
+    tables = {}
+    for target in record.plan.tokens:
+        _, merged_away = record.base_weights.get(f"{target.name}.weight", (None, None))
+        table = modules[target.name].weight if merged_away is None else merged_away
+        tables[id(table)] = rows_of(modules, target)
     packed = {id(layer.weight): layer for layer in quantized_layers(model).values()}
     for parameter in frozen_parameters(model):
         layer = packed.get(id(parameter))
         if id(parameter) in left_out:
             continue
-        if layer is None or is_pending(layer):
+        if id(parameter) in tables:
+            yield without_rows(parameter, tables[id(parameter)])
+        elif layer is None or is_pending(layer):
             yield parameter
         else:
             yield Packed(parameter)
@@ -288,11 +298,11 @@ def trained_shapes(record: Injection) -> dict[str, tuple[int, ...]]:
     shapes = {parameter.name: parameter.shape for parameter in record.plan.trained}
     for target in record.plan.targets:
         if target.tied_to is None:
-            shapes[f"{target.name}.lora.A"] = target.A_shape
-            shapes[f"{target.name}.lora.B"] = target.B_shape
-            if target.keeps_start:
-                shapes[f"{target.name}.lora.{START['A']}"] = target.A_shape
-                shapes[f"{target.name}.lora.{START['B']}"] = target.B_shape
+            for leaf, shape in target.shapes().items():
+                shapes[f"{target.name}.lora.{leaf}"] = shape
+    for token_target in record.plan.tokens:
+        shape = (len(token_target.indices), token_target.width)
+        shapes[f"{token_target.name}.{CHILD}.rows"] = shape
     return shapes
 
 

@@ -12,7 +12,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import TargetError
 from lightning_lora.fused import fused_projections, query_and_value
 from lightning_lora.heads import output_heads
-from lightning_lora.layers import adapted_class, supported_layers
+from lightning_lora.layers import LoRALayer, adapted_class, supported_layers
 from lightning_lora.matching import (
     in_attention,
     inside,
@@ -32,7 +32,8 @@ from lightning_lora.obstacles import (
 from lightning_lora.plan import Plan, Target
 from lightning_lora.quantization import count_parameters, quantized_layers
 from lightning_lora.slices import Slices
-from lightning_lora.start import keeps_start
+from lightning_lora.start import START, keeps_start
+from lightning_lora.tokens import token_targets
 from lightning_lora.trained import saved_modules, trained_parameters
 
 N = TypeVar("N", int, float)
@@ -68,6 +69,7 @@ def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
         matches=tuple(matches),
         skipped=tuple(skipped),
         base_parameters=count_parameters(model),
+        tokens=tuple(token_targets(modules, config, saved, names)),
     )
 
 
@@ -75,13 +77,14 @@ def _without_factors(model: nn.Module, config: LoRAConfig, saved: tuple[str, ...
     """The plan of the baselines that train a part of the model itself: probes, BitFit."""
     _refuse_quantized(model, saved)
     trained = tuple(trained_parameters(model, config, saved, set()))
-    if not trained:
+    tokens = tuple(token_targets(modules_by_name(model), config, saved, ()))
+    if not trained and not tokens:
         raise TargetError(
             "Nothing would train: r=0 adapts no layer, and no head, bias, norm or embedding is set "
-            "to train. Name the head in modules_to_save, or set bias='all', train_layer_norms or "
-            "train_embeddings; or give r a rank."
+            "to train. Name the head in modules_to_save, or set bias='all', train_layer_norms, "
+            "train_embeddings or trainable_token_indices; or give r a rank."
         )
-    return Plan((), trained, saved, (), (), base_parameters=count_parameters(model))
+    return Plan((), trained, saved, (), (), count_parameters(model), tokens)
 
 
 def _target_names(
@@ -310,9 +313,15 @@ def _targets(
             tied_to=None if first == name else first,
             slices=parts,
             weights=weights,
-            frozen=("A" if adapted.zero_factor == "B" else "B",) if config.freeze_A else (),
+            frozen=_frozen(adapted, config),
             keeps_start=keeps_start(config.init),
         )
+
+
+def _frozen(adapted: type[LoRALayer], config: LoRAConfig) -> tuple[str, ...]:
+    """What stays as it starts: the factor that is drawn, and the start that is subtracted."""
+    drawn = ("A" if adapted.zero_factor == "B" else "B",) if config.freeze_A else ()
+    return (*drawn, *START.values()) if keeps_start(config.init) else drawn
 
 
 def _by_key(pattern: Mapping[str, N] | None, name: str, default: N) -> N:

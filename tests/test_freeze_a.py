@@ -77,7 +77,7 @@ def test_the_factors_are_described() -> None:
     plan = inject_lora(model := hugging_face("llama"), r=2, alpha=6, freeze_A=True)
     A = sum(p.numel() for n, p in model.named_parameters() if n.endswith("lora.A"))
     assert plan.trainable_parameters == plan.lora_parameters - A
-    assert f"-{A:,}" in str(plan) and "stay as they are drawn" in str(plan)
+    assert f"-{A:,}" in str(plan) and "stay as they start" in str(plan)
 
 
 def test_a_checkpoint_holds_the_factor_and_another_draw_takes_it_over(tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.layers.masters import Masters
 from lightning_lora.slices import Slices
 from lightning_lora.start import START, with_start
 
 
-class LoRAFactors(nn.Module):
+class LoRAFactors(Masters):
     """Factors A and B of a low-rank update ``s * B @ A``, held as the child ``lora`` of an adapted
     layer.
 
@@ -71,20 +72,16 @@ class LoRAFactors(nn.Module):
         keeps_start: bool = False,
     ) -> None:
         super().__init__()
-        master = (
-            torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else torch.float32
-        )
+        master = self.dtype_for(dtype)
         self.name, self.init, self.seed = name, init, seed
         self.r, self.alpha, self.scaling, self.dropout = r, alpha, scaling, dropout
         self.slices, self.zero, self.frozen = slices, zero, tuple(frozen)
-        self.hidden = False
         self.A = nn.Parameter(torch.empty(*A_shape, device=device, dtype=master))
         self.B = nn.Parameter(torch.empty(*B_shape, device=device, dtype=master))
         if keeps_start:
             for leaf, name in START.items():
                 start = torch.zeros_like(getattr(self, leaf).data)
                 self.register_parameter(name, nn.Parameter(start, requires_grad=False))
-            self.frozen += tuple(START.values())
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -182,25 +179,3 @@ class LoRAFactors(nn.Module):
         """Rank, alpha and dropout, for `print`."""
         parts = "" if self.slices is None else f", parts={','.join(self.slices.adapted)}"
         return f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}{parts}"
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if not self.hidden:
-            super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        if not self.hidden:
-            super()._load_from_state_dict(*args, **kwargs)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        wide = {
-            name: (p.detach(), None if p.grad is None else p.grad.detach())
-            for name, p in self.named_parameters()
-        }
-        super()._apply(fn, recurse)
-        for name, parameter in self.named_parameters():
-            if parameter.dtype.itemsize < 4 and parameter.is_floating_point():
-                # .half(), .to(bfloat16) and Lightning's "bf16-true" would round the masters away.
-                data, grad = wide[name]
-                parameter.data = data.to(parameter.device)
-                parameter.grad = None if grad is None else grad.to(parameter.device)
-        return self

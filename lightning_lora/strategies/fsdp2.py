@@ -30,7 +30,7 @@ from torch.distributed.fsdp import (
 from typing_extensions import override
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.layers import LoRAFactors
+from lightning_lora.layers import Masters
 from lightning_lora.pretrained import fill_parameters
 from lightning_lora.quantization import store_as
 from lightning_lora.strategies.activations import checkpoint_activations
@@ -253,7 +253,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             factors = {
                 id(parameter)
                 for module in model.modules()
-                if isinstance(module, LoRAFactors)
+                if isinstance(module, Masters)
                 for parameter in module.parameters()
             }
             # Not model.to(dtype): rotary tables and the like are buffers, and lose their precision.

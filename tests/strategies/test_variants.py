@@ -16,42 +16,44 @@ DIRECTORY = {"save_distributed_checkpoint": True}
 VARIANTS: dict[str, dict[str, Any]] = {
     "frozen-a": {"freeze_A": True, "bias": "all"},
     "pissa": {"init": "pissa_niter_4"},
+    "tokens": {"trainable_token_indices": [33, 5, 12, 21], "bias": "all"},
     "bitfit": {"r": 0, "bias": "all", "modules_to_save": ["head"]},
 }
+NETWORKS = {"tokens": "bert"}
 # From data, which needs the whole model in each process.
 EVA = {"init": "eva", "target_modules": ["linear1", "linear2", "query"], "init_batches": 6}
 pytestmark = pytest.mark.slow
 
 
-def layouts(name: str, lora: dict[str, Any]) -> list[Scenario]:
+def fit(name: str, base: str, strategy: str = "auto", **settings: Any) -> Scenario:
+    network = NETWORKS.get(base, "attention")
+    return sgd(name, strategy, lora=VARIANTS.get(base, EVA), network=network, **settings)
+
+
+def layouts(base: str) -> list[Scenario]:
     return [
-        sgd(f"{name}-ddp", "ddp", lora=lora),
-        sgd(f"{name}-fsdp2", "fsdp2", lora=lora),
-        sgd(f"{name}-directory", "fsdp2", lora=lora, options=DIRECTORY),
-        sgd(f"{name}-fsdp2-from-one", "fsdp2", lora=lora, resume=f"{name}/{CKPT}"),
-        sgd(f"{name}-fsdp", "fsdp", lora=lora),
+        fit(f"{base}-ddp", base, "ddp"),
+        fit(f"{base}-fsdp2", base, "fsdp2"),
+        fit(f"{base}-directory", base, "fsdp2", options=DIRECTORY),
+        fit(f"{base}-fsdp2-from-one", base, "fsdp2", resume=f"{base}/{CKPT}"),
+        fit(f"{base}-fsdp", base, "fsdp"),
     ]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("variants")
-    half = {"precision": "bf16-true"}
-    run(root, 1, [sgd(name, lora=lora) for name, lora in [*VARIANTS.items(), ("eva", EVA)]])
-    two = [each for name, lora in VARIANTS.items() for each in layouts(name, lora)]
-    two.append(sgd("half", "fsdp2", lora=VARIANTS["frozen-a"], trainer=half))
-    two.append(sgd("eva-ddp", "ddp", lora=EVA))
-    two.append(sgd("eva-fsdp2-from-one", "fsdp2", lora=EVA, resume=f"eva/{CKPT}"))
+    run(root, 1, [fit(base, base) for base in [*VARIANTS, "eva"]])
+    two = [each for base in VARIANTS for each in layouts(base)]
+    two.append(fit("half", "frozen-a", "fsdp2", trainer={"precision": "bf16-true"}))
+    two.append(fit("eva-ddp", "eva", "ddp"))
+    two.append(fit("eva-fsdp2-from-one", "eva", "fsdp2", resume=f"eva/{CKPT}"))
     run(root, 2, two)
-    last = [
-        sgd(f"{name}-from-directory", lora=lora, resume=f"{name}-directory/{CKPT}")
-        for name, lora in VARIANTS.items()
-    ]
-    run(root, 1, last)
+    run(root, 1, [fit(f"{b}-from-directory", b, resume=f"{b}-directory/{CKPT}") for b in VARIANTS])
     return root
 
 
-CASES = [(name, other.name) for name, lora in VARIANTS.items() for other in layouts(name, lora)]
+CASES = [(base, other.name) for base in VARIANTS for other in layouts(base)]
 CASES += [(name, f"{name}-from-directory") for name in VARIANTS]
 CASES += [("eva", "eva-fsdp2-from-one")]
 

@@ -29,6 +29,7 @@ from lightning_lora.peft_format import (
 from lightning_lora.plan import Plan
 from lightning_lora.removal import remove_lora
 from lightning_lora.sharded import all_wholes, is_sharded, whole
+from lightning_lora.start import keeps_start, starts
 from lightning_lora.state import (
     METADATA_KEY,
     adapter_state_dict,
@@ -139,9 +140,13 @@ def swap_adapter(model: nn.Module, path: str | Path) -> Plan:
 def _load(model: nn.Module, adapter: _Adapter, source: str, strict_base: bool) -> Plan:
     config, state, metadata = adapter
     record = injection_of(model)
-    plan = inject_lora(model, config, initialize=False)
+    # PEFT does not save what PiSSA and OLoRA start from, but finds it again on the base.
+    found_again = keeps_start(config.init) and metadata is None
+    plan = inject_lora(model, config, initialize=found_again)
     was_merged = record is not None and record.merged
     unmerge_lora(model)
+    if found_again:
+        state = {**starts(adapter_state_dict(model)), **state}
     try:
         if metadata is not None and strict_base:
             audit_metadata(model, metadata, source)

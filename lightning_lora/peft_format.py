@@ -26,7 +26,7 @@ from lightning_lora.peft_factors import (
     refuse_tokens_for_peft,
     without_effect,
 )
-from lightning_lora.start import without_starts
+from lightning_lora.start import keeps_start, without_starts
 from lightning_lora.tokens import CHILD
 
 _PREFIX = "base_model.model."
@@ -37,6 +37,9 @@ _UNSUPPORTED = (
     "lora_bias",
     "alora_invocation_tokens",
 )
+# Initialisations that PEFT repeats on the base whenever it loads; PiSSA and OLoRA are the same
+# here.
+_CHANGING_BASE = ("corda", "lora_ga")
 _TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
@@ -194,6 +197,13 @@ def from_peft_config(
         CheckpointError: The adapter is of another kind, or uses what is not supported, with the
             reason.
     """
+    init = str(values.get("init_lora_weights"))
+    if init.startswith(_CHANGING_BASE):
+        raise CheckpointError(
+            f"{source} belongs to a base that init_lora_weights={init!r} changed, and would be "
+            "wrong on the original one. Save it with PEFT's save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...)."
+        )
     if values.get("peft_type") != "LORA":
         raise CheckpointError(
             f"{source} is a {values.get('peft_type')} adapter of PEFT; only LORA can be loaded."
@@ -231,6 +241,7 @@ def from_peft_config(
         modules_to_save=whole,
         trainable_token_indices=values.get("trainable_token_indices"),
         use_rslora=values.get("use_rslora", False),
+        init=init if keeps_start(init) else "kaiming",
     )
 
 

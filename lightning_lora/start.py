@@ -53,6 +53,11 @@ def with_start(
     return joined.reshape(-1, A.shape[1]), torch.cat([B, -B_init], dim=1)
 
 
+def starts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What factors started from, of an adapter's state."""
+    return {n: t for n, t in state.items() if n.rpartition(".")[2] in START.values()}
+
+
 def without_starts(
     state: Mapping[str, Tensor], parts: Mapping[str, int]
 ) -> tuple[dict[str, Tensor], set[str]]:

@@ -90,7 +90,7 @@ def _scaled_components(rows: Tensor, keep: int) -> Tensor:
         _, S, Vh = torch.linalg.svd(rows, full_matrices=False)
     else:
         # An exact decomposition of some thousand inputs takes minutes in all layers together.
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([rows.device] if rows.is_cuda else []):
             torch.manual_seed(0)
             _, S, V = torch.svd_lowrank(rows, q=2 * keep, niter=4)
         Vh = V.t()

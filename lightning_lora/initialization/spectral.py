@@ -68,7 +68,7 @@ def _principal(W: Tensor, target: Target, init: str, seed: str) -> tuple[Tensor,
     if init == "pissa":
         return error_factors(W, target.r, target.scaling)
     digest = hashlib.blake2b(seed.encode(), digest_size=7).digest()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([W.device] if W.is_cuda else []):
         # The same sketch on every rank.
         torch.manual_seed(int.from_bytes(digest, "big"))
         return sketched_factors(W, target.r, target.scaling, int(init.rpartition("_")[-1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,31 @@ def test_peft_starts_alike_trains_alike_and_converts_to_the_same(
         plan = load_adapter(other := lively(name), tmp_path / folder)
         assert {target.r for target in plan.targets} == {8}
         torch.testing.assert_close(logits(other), expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_an_adapter_that_peft_did_not_convert_loads_too(init: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=12, target_modules=["q_proj", "down_proj"], init_lora_weights=init
+    )
+    theirs = peft.get_peft_model(lively("llama"), config)
+    train_a_little(theirs)
+    theirs.save_pretrained(tmp_path)
+    expected = logits(theirs)
+    load_adapter(ours := lively("llama"), tmp_path)
+    torch.testing.assert_close(logits(ours), expected, atol=1e-4, rtol=1e-3)
+    assert (expected - logits(lively("llama"))).abs().max() > 0.05
+    # Another adapter of the kind takes its place.
+    train_a_little(theirs)
+    theirs.save_pretrained(tmp_path)
+    load_adapter(ours, tmp_path)
+    torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-4, rtol=1e-3)
+    values = json.loads((tmp_path / "adapter_config.json").read_text())
+    values["init_lora_weights"] = "corda"
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"belongs to a base that .*'corda' changed"):
+        load_adapter(lively("llama"), tmp_path)
 
 
 def test_parts_of_a_fused_projection_are_exported_right(tmp_path: Path) -> None:

@@ -85,6 +85,7 @@ class LoRACallback(Callback):
         freeze_A: Train B alone (LoRA-FA).
         init: ``"kaiming"``, ``"gaussian"``, ``"orthogonal"``, ``"pissa"``, ``"pissa_niter_4"``,
             ``"olora"``, ``"eva"``, or ``"loftq"`` for a quantized base.
+        loftq_iter: Rounds of ``"loftq"``.
         merge_on_fit_end: Merge when a fit ends.
         merge_from: Merge the ``"last"`` weights, or those of the ``"best"`` checkpoint.
         merge_base: What a quantized base is replaced by while it is merged: ``"dequantized"``
@@ -140,6 +141,7 @@ class LoRACallback(Callback):
         use_dora: bool = False,
         freeze_A: bool = False,
         init: str = "kaiming",
+        loftq_iter: int = 1,
         merge_on_fit_end: bool = True,
         merge_from: str = "last",
         merge_base: str = "dequantized",
@@ -169,6 +171,7 @@ class LoRACallback(Callback):
             use_dora=use_dora,
             freeze_A=freeze_A,
             init=init,
+            loftq_iter=loftq_iter,
         )
         if merge_from not in ("last", "best"):
             raise ConfigError(f"merge_from must be 'last' or 'best', got {merge_from!r}")

@@ -79,6 +79,8 @@ class LoRAConfig:
             components of the layer's inputs (arXiv:2410.07170), in the first batches of training.
             ``"loftq"`` starts both of a quantized base from the error of its quantization
             (arXiv:2310.08659), which needs the original weights' files.
+        loftq_iter: How often ``init="loftq"`` quantizes and decomposes in turn. Above 1 the weights
+            are quantized anew, in 4 bits alone, and loading the adapter needs the files too.
 
     Raises:
         ConfigError: Lists every problem found, not only the first.
@@ -112,6 +114,7 @@ class LoRAConfig:
     use_dora: bool = False
     freeze_A: bool = False  # noqa: N815
     init: str = "kaiming"
+    loftq_iter: int = 1
 
     def __post_init__(self) -> None:
         for name in (
@@ -186,6 +189,7 @@ class LoRAConfig:
         )
         problems += choice_problems("bias", self.bias, BIAS_MODES)
         problems += self._init_problems()
+        problems += self._loftq_problems()
         if self.modules_to_save not in (None, "auto") and not is_name_list(
             self.modules_to_save, empty=True
         ):
@@ -235,6 +239,13 @@ class LoRAConfig:
         if self.train_embeddings is True:
             problems.append(f"{name} trains rows of what train_embeddings trains whole; set one")
         return problems
+
+    def _loftq_problems(self) -> list[str]:
+        if not is_rank(self.loftq_iter):
+            return [f"loftq_iter must be a whole number of at least 1, got {self.loftq_iter!r}"]
+        if self.loftq_iter > 1 and self.init != "loftq":
+            return [f"loftq_iter is about init='loftq', and init is {self.init!r}: leave it out"]
+        return []
 
     def _init_problems(self) -> list[str]:
         if isinstance(self.init, str) and re.fullmatch(r"pissa_niter_[1-9]\d*", self.init):

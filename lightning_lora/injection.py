@@ -62,6 +62,7 @@ class Injection:
         merge_base: What a merge into a quantized base starts from.
         merge_dtype: The dtype of activations where no unquantized matrix of the model shows it.
         replaced: While merged, what each quantized layer was.
+        originals: The packed weights that LoftQ has replaced, by the name of the layer.
         hidden_flags: While merged, what made transformers take a module for a quantized one.
     """
 
@@ -78,6 +79,7 @@ class Injection:
     merge_base: str = "dequantized"
     merge_dtype: torch.dtype | None = None
     replaced: dict[str, Replaced] = field(default_factory=dict)
+    originals: dict[str, nn.Parameter] = field(default_factory=dict)
     hidden_flags: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
 
 
@@ -142,9 +144,10 @@ def inject_lora(
         seed = int(torch.randint(2**62, (1,), device="cpu"))
     factors = _build_factors(model, plan, config, seed)
     repacked = keep_trainable(model)
+    originals = {}
     if initialize and plan.targets:
         try:
-            initialize_factors(model, plan, factors, config)
+            originals = initialize_factors(model, plan, factors, config)
         except ConfigError:
             allow_repacking(model, repacked)
             raise
@@ -154,6 +157,7 @@ def inject_lora(
         requires_grad=frozenset(
             clean_name(name) for name, p in model.named_parameters() if p.requires_grad
         ),
+        originals=originals,
         buffers={name: b.detach().clone() for name, b in persistent_buffers(model).items()},
     )
     modules = modules_by_name(model)
@@ -235,6 +239,7 @@ def _build_factors(
             zero=adapted.zero_factor,
             frozen=target.frozen,
             keeps_start=target.keeps_start,
+            keeps_prior=target.keeps_prior,
         ).train(module.training)
     return factors
 

@@ -71,6 +71,11 @@ def to_peft_tensors(
             "PEFT's LoRA format needs adapted layers, and r=0 adapts none. Keep the checkpoint, or "
             "export the merged model."
         )
+    if any(target.keeps_prior for target in plan.targets):
+        raise CheckpointError(
+            "loftq_iter above 1 quantized the base anew for this adapter, which PEFT would load on "
+            "the base as it was. Keep the checkpoint, or export the merged model."
+        )
     tied = [target.name for target in plan.targets if target.tied_to is not None]
     if tied:
         raise CheckpointError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lightning_lora.names import listed
 from lightning_lora.slices import Slices
-from lightning_lora.start import START
+from lightning_lora.start import PRIOR, START
 from lightning_lora.tables import as_text
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class Target:
         weights: Names of the layer's parameters that the update is added to.
         frozen: Names of the parameters among the factors that stay as they start.
         keeps_start: Whether the factors go with what they started from, which is subtracted.
+        keeps_prior: Whether they go with those that settle how LoftQ has quantized the weight.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Target:
     weights: tuple[str, ...] = ("weight",)
     frozen: tuple[str, ...] = ()
     keeps_start: bool = False
+    keeps_prior: bool = False
 
     @property
     def parameters(self) -> int:
@@ -58,8 +60,11 @@ class Target:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each parameter among the factors, by name."""
         shapes = {"A": self.A_shape, "B": self.B_shape}
+        own = tuple(shapes.items())
         if self.keeps_start:
-            shapes |= {START[name]: shape for name, shape in shapes.items()}
+            shapes |= {START[name]: shape for name, shape in own}
+        if self.keeps_prior:
+            shapes |= {PRIOR[name]: shape for name, shape in own}
         return shapes
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_lora.freezing import release, remove_hook
+from lightning_lora.initialization import put_back
 from lightning_lora.injection import ATTRIBUTE, no_fast_path, require_injection, restore_class
 from lightning_lora.merging import unmerge_lora
 from lightning_lora.names import modules_by_name, unwrap
@@ -20,10 +21,12 @@ def remove_lora(model: nn.Module) -> None:
     values.
 
     Raises:
-        ConfigError: The model has no LoRA.
+        ConfigError: The model has no LoRA, or LoftQ quantized its base anew and it is sharded by
+            now.
     """
     record = require_injection(model)
     unmerge_lora(model)
+    put_back(model, record.originals)
     modules = modules_by_name(model)
     for target in record.plan.targets:
         module = modules[target.name]

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 START = {"A": "A_init", "B": "B_init"}
+# The factors of LoftQ's round before, which settle how the base was quantized.
+PRIOR = {"A": "A_prior", "B": "B_prior"}
 
 
 def keeps_start(init: str) -> bool:

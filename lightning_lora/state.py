@@ -12,10 +12,17 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import CheckpointError, ConfigError
 from lightning_lora.fingerprint import Packed, fingerprint
+from lightning_lora.initialization import restore_rounds
 from lightning_lora.injection import Injection, persistent_buffers, require_injection
 from lightning_lora.names import clean_name, listed, modules_by_name
 from lightning_lora.plan import Target
-from lightning_lora.quantization import is_pending, quantization_of, quantized_layers, scales
+from lightning_lora.quantization import (
+    is_pending,
+    quantization_of,
+    quantized_layers,
+    scales,
+    scales_of,
+)
 from lightning_lora.sharded import reshard, write
 from lightning_lora.start import keeps_start
 from lightning_lora.tokens import CHILD, rows_of, without_rows
@@ -74,6 +81,7 @@ def load_adapter_state_dict(
         )
     audit_state(model, state, source)
     reshard(model)
+    restore_rounds(model, record.plan, record.originals, state, source)
     buffers = persistent_buffers(model)
     for name, tensor in {**_trained(model, record), **buffers}.items():
         if name in state:
@@ -147,15 +155,18 @@ def _fingerprinted(model: nn.Module, without: Iterable[str] = ()) -> Iterator[Te
         _, merged_away = record.base_weights.get(f"{target.name}.weight", (None, None))
         table = modules[target.name].weight if merged_away is None else merged_away
         tables[id(table)] = rows_of(modules, target)
-    packed = {id(layer.weight): layer for layer in quantized_layers(model).values()}
+    packed = {id(layer.weight): (name, layer) for name, layer in quantized_layers(model).items()}
     for parameter in frozen_parameters(model):
-        layer = packed.get(id(parameter))
+        name, layer = packed.get(id(parameter), ("", None))
         if id(parameter) in left_out:
             continue
         if id(parameter) in tables:
             yield without_rows(parameter, tables[id(parameter)])
         elif layer is None or is_pending(layer):
             yield parameter
+        elif (original := record.originals.get(name)) is not None:
+            yield Packed(original)
+            yield from scales_of(original.quant_state)  # type: ignore[attr-defined]
         else:
             yield Packed(parameter)
             yield from scales(layer)
@@ -281,6 +292,9 @@ def _config_differences(metadata: Mapping[str, Any], here: Mapping[str, Any]) ->
     inits = [str(each["config"].get("init")) for each in (metadata, here)]
     if keeps_start(inits[0]) != keeps_start(inits[1]):
         yield f"init: {inits[0]!r} in the checkpoint, {inits[1]!r} now"
+    rounds = [each["config"].get("loftq_iter") or 1 for each in (metadata, here)]
+    if (rounds[0] > 1) != (rounds[1] > 1):
+        yield f"loftq_iter: {rounds[0]} in the checkpoint, {rounds[1]} now"
     yield from _setting_differences(metadata, here, _SHAPING)
 
 

@@ -32,7 +32,7 @@ from lightning_lora.obstacles import (
 from lightning_lora.plan import Plan, Target
 from lightning_lora.quantization import count_parameters, quantized_layers
 from lightning_lora.slices import Slices
-from lightning_lora.start import START, keeps_start
+from lightning_lora.start import PRIOR, START, keeps_start
 from lightning_lora.tokens import token_targets
 from lightning_lora.trained import saved_modules, trained_parameters
 
@@ -59,7 +59,7 @@ def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
     slices = _slices(modules, config, saved, obstacles)
     names, matches, skipped = _target_names(modules, config, saved, obstacles, slices)
     _refuse_quantized(model, saved)
-    targets = tuple(_targets(modules, names, config, slices))
+    targets = tuple(_targets(modules, names, config, slices, set(quantized_layers(model))))
     matches += _key_counts("rank_pattern", config.rank_pattern, names)
     matches += _key_counts("alpha_pattern", config.alpha_pattern, names)
     return Plan(
@@ -281,6 +281,7 @@ def _targets(
     names: list[str],
     config: LoRAConfig,
     slices: dict[str, Slices],
+    quantized: set[str],
 ) -> Iterator[Target]:
     first_with: dict[int, str] = {}
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
@@ -313,15 +314,20 @@ def _targets(
             tied_to=None if first == name else first,
             slices=parts,
             weights=weights,
-            frozen=_frozen(adapted, config),
+            frozen=_frozen(adapted, config, name in quantized),
             keeps_start=keeps_start(config.init),
+            keeps_prior=config.loftq_iter > 1 and name in quantized,
         )
 
 
-def _frozen(adapted: type[LoRALayer], config: LoRAConfig) -> tuple[str, ...]:
-    """What stays as it starts: the factor that is drawn, and the start that is subtracted."""
-    drawn = ("A" if adapted.zero_factor == "B" else "B",) if config.freeze_A else ()
-    return (*drawn, *START.values()) if keeps_start(config.init) else drawn
+def _frozen(adapted: type[LoRALayer], config: LoRAConfig, is_quantized: bool) -> tuple[str, ...]:
+    """What stays as it starts: the factor that is drawn, and what goes with the factors."""
+    frozen = ["A" if adapted.zero_factor == "B" else "B"] if config.freeze_A else []
+    if keeps_start(config.init):
+        frozen += START.values()
+    if config.loftq_iter > 1 and is_quantized:
+        frozen += PRIOR.values()
+    return tuple(frozen)
 
 
 def _by_key(pattern: Mapping[str, N] | None, name: str, default: N) -> N:

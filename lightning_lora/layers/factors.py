@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_lora.layers.masters import Masters
 from lightning_lora.slices import Slices
-from lightning_lora.start import START, with_start
+from lightning_lora.start import PRIOR, START, with_start
 
 
 class LoRAFactors(Masters):
@@ -40,6 +40,8 @@ class LoRAFactors(Masters):
         frozen: Names of the factors that do not train.
         keeps_start: Whether what the factors start from is kept and subtracted, see
             `lightning_lora.start`.
+        keeps_prior: Whether the factors of LoftQ's round before go with them, see
+            `lightning_lora.initialization.loftq`.
 
     Attributes:
         A: Parameter of shape ``A_shape``.
@@ -70,6 +72,7 @@ class LoRAFactors(Masters):
         zero: str = "B",
         frozen: Sequence[str] = (),
         keeps_start: bool = False,
+        keeps_prior: bool = False,
     ) -> None:
         super().__init__()
         master = self.dtype_for(dtype)
@@ -78,10 +81,10 @@ class LoRAFactors(Masters):
         self.slices, self.zero, self.frozen = slices, zero, tuple(frozen)
         self.A = nn.Parameter(torch.empty(*A_shape, device=device, dtype=master))
         self.B = nn.Parameter(torch.empty(*B_shape, device=device, dtype=master))
-        if keeps_start:
-            for leaf, name in START.items():
-                start = torch.zeros_like(getattr(self, leaf).data)
-                self.register_parameter(name, nn.Parameter(start, requires_grad=False))
+        for leaf, name in (*START.items(), *PRIOR.items()):
+            if keeps_start if name in START.values() else keeps_prior:
+                zero_value = torch.zeros_like(getattr(self, leaf).data)
+                self.register_parameter(name, nn.Parameter(zero_value, requires_grad=False))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -107,7 +110,7 @@ class LoRAFactors(Masters):
         """
         # On the CPU even inside `with torch.device(...)`: the draw must not depend on the device.
         value = torch.zeros(*shape, dtype=getattr(self, factor).dtype, device="cpu")
-        if factor in START.values():
+        if factor in (*START.values(), *PRIOR.values()):
             return value
         if self.init == "orthogonal":
             return self._orthogonal(factor, value)

@@ -26,9 +26,16 @@ from lightning_lora import LoRACallback
 from lightning_lora.heads import task_heads
 from lightning_lora.recipes.recipe import RecipeModule
 
-METHODS = ("base", "probe", "lora", "peft", "full")
+METHODS = ("base", "probe", "bitfit", "lora", "peft", "full")
 # First guesses of a rate for each method, the same for all tasks.
-LEARNING_RATES = {"base": 0.0, "probe": 1e-2, "lora": 1e-3, "peft": 1e-3, "full": 1e-4}
+LEARNING_RATES = {
+    "base": 0.0,
+    "probe": 1e-2,
+    "bitfit": 1e-3,
+    "lora": 1e-3,
+    "peft": 1e-3,
+    "full": 1e-4,
+}
 
 
 @dataclass
@@ -90,21 +97,6 @@ def with_peft(kind: type[RecipeModule], r: int, alpha: float) -> type[RecipeModu
     return WithPEFT
 
 
-def with_head_alone(kind: type[RecipeModule]) -> type[RecipeModule]:
-    """The recipe with everything frozen but the task's head."""
-
-    class HeadAlone(kind):  # type: ignore[valid-type, misc]
-        def configure_model(self) -> None:
-            if self.model is not None:
-                return
-            super().configure_model()
-            heads = task_heads(dict(self.model.named_modules()))
-            for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(name.split(".")[0] in heads)
-
-    return HeadAlone
-
-
 def run(
     task: str,
     method: str,
@@ -136,13 +128,15 @@ def run(
     seed_everything(seed, verbose=False)
     if method == "peft":
         kind = with_peft(kind, r, alpha)
-    elif method == "probe":
-        kind = with_head_alone(kind)
     module = kind(**{"learning_rate": LEARNING_RATES[method], **settings})
     callbacks: list[Callback] = [SameStart(seed)]
-    if method == "lora":
-        more: dict[str, Any] = {"bias": "all", "train_layer_norms": True} if in_place else {}
-        callbacks.insert(0, LoRACallback(r=r, alpha=alpha, verbose=False, **more))
+    adapted: dict[str, dict[str, Any]] = {
+        "probe": {"r": 0},
+        "bitfit": {"r": 0, "bias": "all"},
+        "lora": {"r": r, **({"bias": "all", "train_layer_norms": True} if in_place else {})},
+    }
+    if method in adapted:
+        callbacks.insert(0, LoRACallback(alpha=alpha, verbose=False, **adapted[method]))
     trainer = Trainer(
         accelerator="cpu",
         logger=False,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_lora.comparison import validate_merged
     from lightning_lora.config import LoRAConfig
     from lightning_lora.fused import register_fused
+    from lightning_lora.initialization.inputs import initialize_from_inputs
     from lightning_lora.injection import inject_lora
     from lightning_lora.interop import load_adapter, save_adapter, swap_adapter
     from lightning_lora.layers import LoRALayer, register_layer
@@ -49,6 +50,7 @@ __all__ = [
     "add_adapter",
     "add_weighted_adapter",
     "delete_adapter",
+    "initialize_from_inputs",
     "inject_lora",
     "load_adapter",
     "load_adapter_state_dict",
@@ -81,6 +83,7 @@ _HOMES = {
     "add_adapter": "lightning_lora.adapter_set",
     "add_weighted_adapter": "lightning_lora.combining",
     "delete_adapter": "lightning_lora.adapter_set",
+    "initialize_from_inputs": "lightning_lora.initialization.inputs",
     "inject_lora": "lightning_lora.injection",
     "load_adapter": "lightning_lora.interop",
     "load_adapter_state_dict": "lightning_lora.state",

@@ -16,6 +16,7 @@ from lightning_lora.interop import read_peft_files
 from lightning_lora.matching import key_matches
 from lightning_lora.peft_format import from_peft_config, from_peft_tensors
 from lightning_lora.slices import Slices
+from lightning_lora.start import without_starts
 from lightning_lora.state import METADATA_KEY
 
 # Layers that keep their weight as (in, out).
@@ -106,8 +107,12 @@ def read_adapter(path: str | Path) -> Adapter:
     if path.is_dir() and not is_directory(path):
         return _from_peft(path)
     checkpoint = read_checkpoint(path)
-    metadata, state = checkpoint[METADATA_KEY], checkpoint["state_dict"]
-    factors, left_out = _factors(state, metadata["targets"])
+    metadata, targets = checkpoint[METADATA_KEY], dict(checkpoint[METADATA_KEY]["targets"])
+    sliced = {name: t["slices"] for name, t in targets.items() if t.get("slices")}
+    parts = {name: len(slices["adapted"]) for name, slices in sliced.items()}
+    state, doubled = without_starts(checkpoint["state_dict"], parts)
+    targets |= {name: {**targets[name], "r": 2 * targets[name]["r"]} for name in doubled}
+    factors, left_out = _factors(state, targets)
     position: dict[str, int] = {
         key: checkpoint[key] for key in ("epoch", "global_step") if key in checkpoint
     }

@@ -34,6 +34,7 @@ from lightning_lora.checks import (
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError
 from lightning_lora.export import announce_export, export_model
+from lightning_lora.first_batches import initialize_from_first_batches
 from lightning_lora.freezing import cast_frozen, check_dtype, freeze
 from lightning_lora.injection import inject_lora, injection_of, require_injection
 from lightning_lora.plan import Plan
@@ -63,22 +64,30 @@ class LoRACallback(Callback):
       base is restored.
 
     Args:
-        r: See `LoRAConfig`, as for every argument up to ``init``.
+        r: See `LoRAConfig`, as for every argument up to ``init``. With 0 no layer is adapted, and
+            only what else is set to train does so.
         alpha: Numerator of the scaling.
         dropout: Probability of dropping an element of the adapter's input while training.
         target_modules: ``"all-linear"``, ``"qv"``, ``"attention"``, a list of name suffixes, or a
             regex.
         exclude_modules: Suffixes or a regex for layers that are left alone.
+        layers_to_transform: Numbers of the blocks whose layers are adapted; negative ones count
+            from the last.
+        layers_pattern: Names of the containers that hold the blocks.
         rank_pattern: Ranks of particular layers.
         alpha_pattern: Alphas of particular layers.
         bias: ``"none"``, ``"lora_only"`` or ``"all"``.
         train_layer_norms: Train the LayerNorms and RMSNorms.
         train_embeddings: Train the embedding tables.
+        trainable_token_indices: Rows of the embeddings that train.
         modules_to_save: Modules that are trained whole; ``"auto"`` for the heads of Hugging Face
             task models.
         use_rslora: Scale by ``alpha / sqrt(r)``.
         use_dora: Let a magnitude for each output feature train too (DoRA, arXiv:2402.09353).
-        init: ``"kaiming"``, ``"gaussian"``, or ``"loftq"`` for a quantized base.
+        freeze_A: Train B alone (LoRA-FA).
+        init: ``"kaiming"``, ``"gaussian"``, ``"orthogonal"``, ``"pissa"``, ``"pissa_niter_4"``,
+            ``"olora"``, ``"eva"``, or ``"loftq"`` for a quantized base.
+        loftq_iter: Rounds of ``"loftq"``.
         merge_on_fit_end: Merge when a fit ends.
         merge_from: Merge the ``"last"`` weights, or those of the ``"best"`` checkpoint.
         merge_base: What a quantized base is replaced by while it is merged: ``"dequantized"``
@@ -89,6 +98,7 @@ class LoRACallback(Callback):
             (``adapter``), written when a fit ends.
         frozen_dtype: Keep the frozen matrices in ``"bf16"`` or ``"fp16"`` (for mixed precision), or
             as they are.
+        init_batches: How many training batches each process runs before a fit with ``init="eva"``.
         exact_resume: Also save and restore random states and the position in the data, so that a
             resumed run continues bitwise where it was interrupted.
         verbose: Print what was adapted.
@@ -120,20 +130,26 @@ class LoRACallback(Callback):
         dropout: float = 0.0,
         target_modules: str | list[str] = "all-linear",
         exclude_modules: str | list[str] | None = None,
+        layers_to_transform: int | list[int] | None = None,
+        layers_pattern: str | list[str] | None = None,
         rank_pattern: dict[str, int] | None = None,
         alpha_pattern: dict[str, float] | None = None,
         bias: str = "none",
         train_layer_norms: bool = False,
         train_embeddings: bool = False,
+        trainable_token_indices: list[int] | dict[str, list[int]] | None = None,
         modules_to_save: str | list[str] | None = "auto",
         use_rslora: bool = False,
         use_dora: bool = False,
+        freeze_A: bool = False,
         init: str = "kaiming",
+        loftq_iter: int = 1,
         merge_on_fit_end: bool = True,
         merge_from: str = "last",
         merge_base: str = "dequantized",
         export_dir: str | None = None,
         frozen_dtype: str | None = None,
+        init_batches: int = 16,
         exact_resume: bool = True,
         verbose: bool = True,
     ) -> None:
@@ -144,18 +160,26 @@ class LoRACallback(Callback):
             dropout=dropout,
             target_modules=target_modules,
             exclude_modules=exclude_modules,
+            layers_to_transform=layers_to_transform,
+            layers_pattern=layers_pattern,
             rank_pattern=rank_pattern,
             alpha_pattern=alpha_pattern,
             bias=bias,
             train_layer_norms=train_layer_norms,
             train_embeddings=train_embeddings,
+            trainable_token_indices=trainable_token_indices,
             modules_to_save=modules_to_save,
             use_rslora=use_rslora,
             use_dora=use_dora,
+            freeze_A=freeze_A,
             init=init,
+            loftq_iter=loftq_iter,
         )
         if merge_from not in ("last", "best"):
             raise ConfigError(f"merge_from must be 'last' or 'best', got {merge_from!r}")
+        if init_batches < 1:
+            raise ConfigError(f"init_batches must be at least 1, got {init_batches}")
+        self.init_batches = init_batches
         self.frozen_dtype = check_dtype(frozen_dtype)
         self.merge_base = check_merge_base(merge_base)
         self.merge_on_fit_end = merge_on_fit_end
@@ -199,6 +223,12 @@ class LoRACallback(Callback):
             check_best_checkpoint(trainer)
         if self.export_dir is not None:
             announce_export(pl_module, self._sharding)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.config.init == "eva" and self.config.r:
+            batches, sharded = self.init_batches, self._sharding.is_sharded
+            initialize_from_first_batches(trainer, pl_module, batches, sharded)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

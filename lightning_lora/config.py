@@ -6,15 +6,25 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from lightning_lora.errors import ConfigError
+from lightning_lora.validation import (
+    choice_problems,
+    is_name_list,
+    is_number,
+    is_positive,
+    is_rank,
+    is_whole,
+    mapping_problems,
+    pattern_problems,
+)
 
 PRESETS = ("all-linear", "qv", "attention")
 BIAS_MODES = ("none", "lora_only", "all")
-INITS = ("kaiming", "gaussian", "loftq")
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "loftq")
 
 
 @dataclass
@@ -26,7 +36,9 @@ class LoRAConfig:
     4.1), or ``s = alpha / sqrt(r)`` with ``use_rslora`` (arXiv:2312.03732).
 
     Args:
-        r: Rank of the update.
+        r: Rank of the update. With 0 no layer is adapted, and what else is set to train does so
+            alone: heads (a linear probe), ``bias="all"`` (BitFit, arXiv:2106.10199), norms or
+            embeddings; settings about factors have no effect then.
         alpha: Numerator of the scaling.
         dropout: Probability of dropping an element of the adapter's input while training, in
             ``[0, 1)``.
@@ -35,21 +47,40 @@ class LoRAConfig:
             layer inside attention blocks), a list of name suffixes (``["query", "output.dense"]``),
             or one regular expression for the full name.
         exclude_modules: Suffixes or one regular expression for layers that are left alone.
+        layers_to_transform: Number or numbers of the blocks whose layers are adapted, all others
+            being left alone; negative numbers count from the last block. ``None`` for all layers.
+        layers_pattern: Regular expression or expressions for the names of the containers that hold
+            the blocks (``"layers"``, ``"encoder.layer"``); by default the outermost
+            `torch.nn.ModuleList` around a layer, or `torch.nn.Sequential` where there is none.
         rank_pattern: ``{suffix or regex: r}`` for layers with another rank.
         alpha_pattern: ``{suffix or regex: alpha}`` for layers with another alpha.
         bias: Which biases train: ``"none"``, those of adapted layers (``"lora_only"``) or
             ``"all"``.
         train_layer_norms: Train every LayerNorm, RMSNorm and GroupNorm, found by type.
         train_embeddings: Train every embedding table whole.
+        trainable_token_indices: Rows of the embeddings that train, new tokens for instance, while
+            the others stay: a list for the input embeddings, or ``{name suffix: list}``. A head
+            that is tied to the embedding has the same rows.
         modules_to_save: Modules that are trained whole: a list of names, or ``"auto"`` for the
             newly initialised head of a Hugging Face task model, or ``None``.
         use_rslora: Scale by ``alpha / sqrt(r)``.
         use_dora: Let a magnitude for each output feature train beside the update of the direction
             (DoRA, arXiv:2402.09353): ``W = m (W0 + s B A) / ||W0 + s B A||``.
+        freeze_A: Keep A as it is drawn and train B alone (LoRA-FA, arXiv:2308.03303), so that the
+            backward pass needs no inputs of adapted layers. Of embeddings, where B is drawn and A
+            starts from zero, B is kept.
         init: Initialisation of A: ``"kaiming"`` (uniform, as in PEFT and loralib) or ``"gaussian"``
-            (standard deviation ``1 / r``). B is zero. ``"loftq"`` starts both of a quantized base
-            from the error of its quantization (arXiv:2310.08659), which needs the original weights'
-            files.
+            (standard deviation ``1 / r``), with B zero; ``"orthogonal"`` draws both such that their
+            product is zero (as PEFT's, r must be even). ``"pissa"`` starts both from the principal
+            part of the weight (arXiv:2404.02948; ``"pissa_niter_4"`` by a randomized SVD of four
+            iterations, which is much faster) and ``"olora"`` from its QR decomposition
+            (arXiv:2406.01775); the base stays as it is, and the start is subtracted from the
+            update, on the same input, dropout included. ``"eva"`` starts A from the principal
+            components of the layer's inputs (arXiv:2410.07170), in the first batches of training.
+            ``"loftq"`` starts both of a quantized base from the error of its quantization
+            (arXiv:2310.08659), which needs the original weights' files.
+        loftq_iter: How often ``init="loftq"`` quantizes and decomposes in turn. Above 1 the weights
+            are quantized anew, in 4 bits alone, and loading the adapter needs the files too.
 
     Raises:
         ConfigError: Lists every problem found, not only the first.
@@ -57,11 +88,11 @@ class LoRAConfig:
     Example:
         >>> LoRAConfig(r=8, alpha=16).scaling(8, 16)
         2.0
-        >>> LoRAConfig(r=0, dropout=1.5)
+        >>> LoRAConfig(r=-1, dropout=1.5)
         Traceback (most recent call last):
         ...
         lightning_lora.errors.ConfigError: 2 problems in the LoRA settings:
-          - r must be a whole number of at least 1, got 0
+          - r must be a whole number of at least 1 (or 0 to adapt no layer), got -1
           - dropout must be in [0, 1), got 1.5
     """
 
@@ -70,18 +101,29 @@ class LoRAConfig:
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
     exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
     bias: str = "none"
     train_layer_norms: bool = False
     train_embeddings: bool = False
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     modules_to_save: str | list[str] | None = "auto"
     use_rslora: bool = False
     use_dora: bool = False
+    freeze_A: bool = False  # noqa: N815
     init: str = "kaiming"
+    loftq_iter: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        for name in (
+            "target_modules",
+            "exclude_modules",
+            "layers_to_transform",
+            "layers_pattern",
+            "modules_to_save",
+        ):
             value = getattr(self, name)
             if isinstance(value, (tuple, set, frozenset)):
                 setattr(
@@ -124,97 +166,119 @@ class LoRAConfig:
 
     def _problems(self) -> list[str]:
         problems: list[str] = []
-        if not _is_rank(self.r):
-            problems.append(f"r must be a whole number of at least 1, got {self.r!r}")
-        if not _is_positive(self.alpha):
+        if not (is_rank(self.r) or (is_whole(self.r) and self.r == 0)):
+            problems.append(
+                f"r must be a whole number of at least 1 (or 0 to adapt no layer), got {self.r!r}"
+            )
+        elif self.r == 0:
+            problems += self._problems_without_rank()
+        if not is_positive(self.alpha):
             problems.append(f"alpha must be a number above 0, got {self.alpha!r}")
-        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
+        if not (is_number(self.dropout) and 0 <= self.dropout < 1):
             problems.append(f"dropout must be in [0, 1), got {self.dropout!r}")
-        problems += _pattern_problems("target_modules", self.target_modules, PRESETS)
+        problems += pattern_problems("target_modules", self.target_modules, PRESETS)
         if self.exclude_modules is not None:
-            problems += _pattern_problems("exclude_modules", self.exclude_modules, ())
-        problems += _mapping_problems(
-            "rank_pattern", self.rank_pattern, _is_rank, "a rank of at least 1"
+            problems += pattern_problems("exclude_modules", self.exclude_modules, ())
+        problems += self._block_problems()
+        problems += self._token_problems()
+        problems += mapping_problems(
+            "rank_pattern", self.rank_pattern, is_rank, "a rank of at least 1"
         )
-        problems += _mapping_problems(
-            "alpha_pattern", self.alpha_pattern, _is_positive, "an alpha above 0"
+        problems += mapping_problems(
+            "alpha_pattern", self.alpha_pattern, is_positive, "an alpha above 0"
         )
-        problems += _choice_problems("bias", self.bias, BIAS_MODES)
-        problems += _choice_problems("init", self.init, INITS)
-        if self.modules_to_save not in (None, "auto") and not _is_name_list(
+        problems += choice_problems("bias", self.bias, BIAS_MODES)
+        problems += self._init_problems()
+        problems += self._loftq_problems()
+        if self.modules_to_save not in (None, "auto") and not is_name_list(
             self.modules_to_save, empty=True
         ):
             problems.append(
                 "modules_to_save must be 'auto', null, or a list of module names, got "
                 f"{self.modules_to_save!r}"
             )
-        for name in ("train_layer_norms", "train_embeddings", "use_rslora", "use_dora"):
+        for name in ("train_layer_norms", "train_embeddings", "use_rslora", "use_dora", "freeze_A"):
             if not isinstance(getattr(self, name), bool):
                 problems.append(f"{name} must be true or false, got {getattr(self, name)!r}")
         return problems
 
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_positive(value: object) -> bool:
-    return _is_number(value) and value > 0  # type: ignore[operator]
-
-
-def _is_rank(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_name_list(value: object, empty: bool = False) -> bool:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        return False
-    return (bool(value) or empty) and all(isinstance(item, str) and item for item in value)
-
-
-def _pattern_problems(name: str, value: object, presets: Sequence[str]) -> list[str]:
-    kinds = f"one of {', '.join(map(repr, presets))}, " if presets else ""
-    if isinstance(value, str) and value:
-        if value in presets:
-            return []
-        # Only plain words can be mistyped presets: "attention.*" is an expression, and qkv a name.
-        near = difflib.get_close_matches(value.lower(), presets, n=1, cutoff=0.81)
-        if near and re.fullmatch(r"[\w -]+", value):
-            return [f"{name} {value!r} is unknown: did you mean {near[0]!r}?"]
-        try:
-            re.compile(value)
-        except re.error as error:
-            return [f"{name} is not a valid regular expression: {value!r} ({error})"]
-        return []
-    if not _is_name_list(value):
-        return [
-            f"{name} must be {kinds}a list of name suffixes, or a regular expression, got {value!r}"
+    def _problems_without_rank(self) -> list[str]:
+        problems = [
+            f"{name} gives layers a rank or alpha of their own, and r=0 adapts none: leave it out"
+            for name in ("rank_pattern", "alpha_pattern")
+            if getattr(self, name)
         ]
-    return []
+        if self.bias == "lora_only":
+            problems.append(
+                "bias='lora_only' trains the biases of adapted layers, and r=0 adapts none: use "
+                "'all' or 'none'"
+            )
+        return problems
 
+    def _token_problems(self) -> list[str]:
+        wanted, name = self.trainable_token_indices, "trainable_token_indices"
+        if wanted is None:
+            return []
+        lists = wanted if isinstance(wanted, Mapping) else {"": wanted}
+        problems = []
+        for key, indices in lists.items():
+            label = f"{name}[{key!r}]" if key else name
+            if not (
+                isinstance(indices, list)
+                and indices
+                and all(is_whole(index) and index >= 0 for index in indices)
+                and len(set(indices)) == len(indices)
+            ):
+                problems.append(
+                    f"{label} must be a list of different token numbers, got {indices!r}"
+                )
+        if not lists or not all(isinstance(key, str) for key in lists):
+            problems.append(f"{name} must map name suffixes to lists, got {wanted!r}")
+        if self.train_embeddings is True:
+            problems.append(f"{name} trains rows of what train_embeddings trains whole; set one")
+        return problems
 
-def _mapping_problems(name: str, value: object, accepts: Any, wanted: str) -> list[str]:
-    if value is None:
+    def _loftq_problems(self) -> list[str]:
+        if not is_rank(self.loftq_iter):
+            return [f"loftq_iter must be a whole number of at least 1, got {self.loftq_iter!r}"]
+        if self.loftq_iter > 1 and self.init != "loftq":
+            return [f"loftq_iter is about init='loftq', and init is {self.init!r}: leave it out"]
         return []
-    if not isinstance(value, Mapping):
-        return [f"{name} must map name patterns to {wanted}, got {value!r}"]
-    problems = []
-    for pattern, item in value.items():
-        if not isinstance(pattern, str):
-            problems.append(f"{name}: the name pattern {pattern!r} must be a string")
-            continue
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            problems.append(f"{name}: {pattern!r} is not a valid regular expression ({error})")
-        if not accepts(item):
-            problems.append(f"{name}[{pattern!r}] must be {wanted}, got {item!r}")
-    return problems
 
+    def _init_problems(self) -> list[str]:
+        if isinstance(self.init, str) and re.fullmatch(r"pissa_niter_[1-9]\d*", self.init):
+            return []
+        problems = choice_problems("init", self.init, INITS)
+        pattern = self.rank_pattern if isinstance(self.rank_pattern, Mapping) else {}
+        ranks = [self.r, *pattern.values()]
+        odd = [r for r in ranks if is_rank(r) and r % 2]
+        if self.init == "orthogonal" and odd:
+            problems.append(f"init='orthogonal' needs even ranks, got {', '.join(map(str, odd))}")
+        return problems
 
-def _choice_problems(name: str, value: object, choices: Sequence[str]) -> list[str]:
-    if value in choices:
-        return []
-    near = difflib.get_close_matches(str(value), choices, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return [f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}{hint}"]
+    def _block_problems(self) -> list[str]:
+        problems = []
+        wanted, pattern = self.layers_to_transform, self.layers_pattern
+        numbers = wanted if isinstance(wanted, list) else [wanted]
+        if wanted is not None and not (numbers and all(map(is_whole, numbers))):
+            problems.append(
+                "layers_to_transform must be the number of a block or a list of such numbers, got "
+                f"{wanted!r}"
+            )
+        if pattern is not None:
+            if wanted is None:
+                problems.append(
+                    "layers_pattern says where the blocks of layers_to_transform are; "
+                    "set both or none"
+                )
+            patterns = [pattern] if isinstance(pattern, str) else pattern
+            if not is_name_list(patterns):
+                problems.append(
+                    "layers_pattern must be a regular expression or a list of them, got "
+                    f"{pattern!r}"
+                )
+            else:
+                problems += [
+                    p for each in patterns for p in pattern_problems("layers_pattern", each, ())
+                ]
+        return problems

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.layers import LoRAFactors
+from lightning_lora.layers import Masters
 from lightning_lora.matching import inside
 from lightning_lora.names import clean_name
 from lightning_lora.plan import Plan
@@ -30,8 +30,9 @@ def freeze(model: nn.Module, plan: Plan) -> None:
     factors = {
         id(parameter)
         for module in model.modules()
-        if isinstance(module, LoRAFactors)
-        for parameter in module.parameters()
+        if isinstance(module, Masters)
+        for leaf, parameter in module.named_parameters()
+        if leaf not in module.frozen
     }
     for name, parameter in model.named_parameters():
         wanted = id(parameter) in factors or clean_name(name) in trained
@@ -70,16 +71,19 @@ def check_dtype(name: str | None) -> torch.dtype | None:
 
 
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the frozen matrices; vectors (norms, biases) and everything that trains keep their
-    precision.
+    """Cast the frozen matrices of the base; vectors (norms, biases), factors and everything that
+    trains keep their precision.
 
     Under autocast this saves the cast of each frozen weight in every forward pass, and the copy
     kept for backward.
     """
     # Packed weights may be stored in a floating-point dtype whose values mean nothing.
-    packed = {id(layer.weight) for layer in quantized_layers(model).values()}
+    left_out = {id(layer.weight) for layer in quantized_layers(model).values()}
+    for module in model.modules():
+        if isinstance(module, Masters):
+            left_out.update(map(id, module.parameters()))
     for parameter in model.parameters():
-        if id(parameter) in packed:
+        if id(parameter) in left_out:
             continue
         if not parameter.requires_grad and parameter.ndim >= 2 and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)

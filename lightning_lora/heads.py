@@ -19,6 +19,15 @@ def _hugging_face_models(modules: dict[str, nn.Module]) -> Iterator[tuple[str, n
             yield name, module
 
 
+def input_embeddings(modules: dict[str, nn.Module]) -> list[str]:
+    """Names of the input embeddings of Hugging Face models."""
+    found = [
+        model.get_input_embeddings()  # type: ignore[operator]
+        for _, model in _hugging_face_models(modules)
+    ]
+    return [name for name, module in modules.items() if any(module is each for each in found)]
+
+
 def _heads(modules: dict[str, nn.Module]) -> Iterator[tuple[str, bool]]:
     """Children beside the backbone of a model; whether they hold the output embeddings."""
     for prefix, model in _hugging_face_models(modules):

@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, TargetError
 from lightning_lora.freezing import freeze
+from lightning_lora.initialization import check_kinds
+from lightning_lora.initialization import initialize as initialize_factors
 from lightning_lora.layers import LoRAFactors, LoRALayer, LoRALinear, adapted_class
 from lightning_lora.layers.siblings import join_siblings
-from lightning_lora.loftq import initialize_from_error
 from lightning_lora.names import clean_name, modules_by_name, persistent_buffers, unwrap
 from lightning_lora.plan import Plan
 from lightning_lora.quantization import allow_repacking, keep_trainable
 from lightning_lora.sharded import has_other_layout, is_sharded, local, shard_alike
 from lightning_lora.targeting import make_plan
+from lightning_lora.tokens import add_tokens
 
 ATTRIBUTE = "_lightning_lora"
 
@@ -63,6 +65,7 @@ class Injection:
         merge_base: What a merge into a quantized base starts from.
         merge_dtype: The dtype of activations where no unquantized matrix of the model shows it.
         replaced: While merged, what each quantized layer was.
+        originals: The packed weights that LoftQ has replaced, by the name of the layer.
         hidden_flags: While merged, what made transformers take a module for a quantized one.
         by_row: Whether it stands for the adapters of a batch's rows, and is none by itself.
     """
@@ -80,6 +83,7 @@ class Injection:
     merge_base: str = "dequantized"
     merge_dtype: torch.dtype | None = None
     replaced: dict[str, Replaced] = field(default_factory=dict)
+    originals: dict[str, nn.Parameter] = field(default_factory=dict)
     hidden_flags: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
     by_row: bool = False
 
@@ -94,8 +98,9 @@ def inject_lora(
 ) -> Plan:
     """Adapt a model in place and freeze the rest.
 
-    Right after it the model's output is bitwise what it was (B is zero, unless ``init="loftq"`` has
-    it correct what quantization took away). Injecting the same
+    Right after it the model's output is bitwise what it was: B is zero. With ``init="pissa"``,
+    ``"olora"`` or ``"orthogonal"`` it is so within rounding, and ``init="loftq"`` corrects what
+    quantization took away. Injecting the same
     settings again does nothing.
 
     Args:
@@ -103,8 +108,8 @@ def inject_lora(
         config: The settings; or give them as keywords (``r=8, target_modules=["fc1"]``).
         seed: Seed of the factors' initial values; drawn from torch's global generator by default,
             and so reproducible under `lightning.seed_everything`.
-        initialize: Whether ``init="loftq"`` reads the base model's files now; not where an adapter
-            is loaded next.
+        initialize: Whether an ``init`` that depends on the base weights reads them now; not where
+            an adapter is loaded next.
         **settings: Fields of `LoRAConfig`.
 
     Returns:
@@ -139,13 +144,15 @@ def inject_lora(
             )
     plan = make_plan(model, config)
     _refuse_tensor_parallel(model, plan)
+    check_kinds(model, plan, config)
     if seed is None:
         seed = int(torch.randint(2**62, (1,), device="cpu"))
     factors = _build_factors(model, plan, config, seed)
     repacked = keep_trainable(model)
-    if config.init == "loftq" and initialize:
+    originals = {}
+    if initialize and plan.targets:
         try:
-            initialize_from_error(model, plan, factors)
+            originals = initialize_factors(model, plan, factors, config)
         except ConfigError:
             allow_repacking(model, repacked)
             raise
@@ -155,6 +162,7 @@ def inject_lora(
         requires_grad=frozenset(
             clean_name(name) for name, p in model.named_parameters() if p.requires_grad
         ),
+        originals=originals,
         buffers={name: b.detach().clone() for name, b in persistent_buffers(model).items()},
     )
     modules = modules_by_name(model)
@@ -170,6 +178,7 @@ def inject_lora(
             # The units are fixed by now, and the factors belong to none of them.
             shard_alike(module.lora, weight)
     join_targets(modules, plan)
+    add_tokens(modules, plan.tokens)
     record.nested_tensors = leave_fast_paths(model)
     record.repacked = repacked
     setattr(unwrap(model), ATTRIBUTE, record)
@@ -242,6 +251,9 @@ def _build_factors(
             dtype=weight.dtype,
             slices=target.slices,
             zero=adapted.zero_factor,
+            frozen=target.frozen,
+            keeps_start=target.keeps_start,
+            keeps_prior=target.keeps_prior,
         ).train(module.training)
     return factors
 

@@ -29,12 +29,14 @@ from lightning_lora.peft_format import (
 from lightning_lora.plan import Plan
 from lightning_lora.removal import remove_lora
 from lightning_lora.sharded import all_wholes, is_sharded, whole
+from lightning_lora.start import keeps_start, starts
 from lightning_lora.state import (
     METADATA_KEY,
     adapter_state_dict,
     audit_metadata,
     load_adapter_state_dict,
 )
+from lightning_lora.tokens import CHILD
 
 # The settings, the state, and the metadata that only checkpoints have.
 Source: TypeAlias = tuple[LoRAConfig, dict[str, Tensor], Mapping[str, Any] | None]
@@ -143,9 +145,13 @@ def load_source(model: nn.Module, adapter: Source, source: str, strict_base: boo
     """The second half of `load_adapter`: put what `read_source` gave into a model."""
     config, state, metadata = adapter
     record = injection_of(model)
-    plan = inject_lora(model, config, initialize=False)
+    # PEFT does not save what PiSSA and OLoRA start from, but finds it again on the base.
+    found_again = keeps_start(config.init) and metadata is None
+    plan = inject_lora(model, config, initialize=found_again)
     was_merged = record is not None and record.merged
     unmerge_lora(model)
+    if found_again:
+        state = {**starts(adapter_state_dict(model)), **state}
     try:
         if metadata is not None and strict_base:
             audit_metadata(model, metadata, source)
@@ -165,7 +171,9 @@ def read_source(path: Path, model: nn.Module) -> Source:
         return _read_peft(path)
     checkpoint = read_checkpoint(path)
     metadata = checkpoint[METADATA_KEY]
-    prefix = _common_prefix(list(metadata["targets"]), model, path)
+    # Without adapted layers, by what trains itself.
+    owners = [n.rpartition(".")[0].removesuffix(f".{CHILD}") for n in checkpoint["state_dict"]]
+    prefix = _common_prefix(list(metadata["targets"]) or owners, model, path)
     state = {name.removeprefix(prefix): tensor for name, tensor in checkpoint["state_dict"].items()}
     targets = {name.removeprefix(prefix): target for name, target in metadata["targets"].items()}
     base = dict(metadata["base"])
@@ -201,19 +209,17 @@ def read_peft_files(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, tensors
 
 
-def _common_prefix(targets: list[str], model: nn.Module, path: Path) -> str:
+def _common_prefix(layers: list[str], model: nn.Module, path: Path) -> str:
     """What the names of a checkpoint have in front of the model's own, for a model out of a
     LightningModule.
     """
     modules = modules_by_name(model)
-    parts = targets[0].split(".")
+    parts = layers[0].split(".")
     for depth in range(len(parts)):
         prefix = "".join(f"{part}." for part in parts[:depth])
-        if all(
-            name.startswith(prefix) and name.removeprefix(prefix) in modules for name in targets
-        ):
+        if all(name.startswith(prefix) and name.removeprefix(prefix) in modules for name in layers):
             return prefix
     raise CheckpointError(
         f"{path} adapts layers that {type(model).__name__} does not have, for instance "
-        f"{targets[0]!r}. Load it into the model that it was trained on."
+        f"{layers[0]!r}. Load it into the model that it was trained on."
     )

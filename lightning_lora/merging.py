@@ -22,6 +22,7 @@ from lightning_lora.quantized_merging import (
 )
 from lightning_lora.sharded import is_sharded, local, part_of, reshard, whole, whole_factors
 from lightning_lora.state import checkpoint_metadata
+from lightning_lora.tokens import merge_tokens, unmerge_tokens
 
 
 @torch.no_grad()
@@ -69,6 +70,7 @@ def _merge(model: nn.Module, record: Injection, base: str, read: Any) -> MergeRe
     if any(is_sharded(weight) for _, _, weight in _adapted(modules, record)):
         refuse_ties(model)
     shared = _shared_parameters(model, record)
+    record.base_weights.update(merge_tokens(model, record.plan.tokens))
     for target in record.plan.targets:
         module = modules[target.name]
         assert isinstance(module, LoRALayer)
@@ -117,6 +119,7 @@ def unmerge_lora(model: nn.Module) -> None:
                 module._parameters[leaf] = parameter
         unwrap(module.lora).hidden = False  # type: ignore[assignment, arg-type]
         swap_class(module)
+    unmerge_tokens(model, record.plan.tokens, record.base_weights)
     record.base_weights.clear()
     record.merged = False
 

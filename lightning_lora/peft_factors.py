@@ -11,7 +11,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from lightning_lora.errors import CheckpointError
 from lightning_lora.layers import LoRAExperts, adapted_class
-from lightning_lora.plan import Target
+from lightning_lora.plan import Target, TokenTarget
+
+# Where PEFT keeps the rows of an embedding that train, behind the name of the embedding.
+PEFT_ROWS = "token_adapter.trainable_tokens_delta"
 
 PEFT_MAGNITUDE = ".lora_magnitude_vector"
 
@@ -20,11 +23,13 @@ def peft_multiple(module: nn.Module, target: Target) -> int:
     """How often the rank r goes into the rank that the layer has in PEFT.
 
     PEFT has no factors for parts of a layer: k parts of rank r become factors of rank ``k * r`` for
-    the whole of it, with zeros where a part does not reach.
+    the whole of it, with zeros where a part does not reach. Factors that go with what they started
+    from have twice the rank.
     """
+    times = 2 if target.keeps_start else 1
     if target.slices is not None and target.slices.widths is None:
-        return len(target.slices.adapted)
-    return module.groups if isinstance(module, _ConvNd) else 1
+        return times * len(target.slices.adapted)
+    return module.groups if isinstance(module, _ConvNd) else times
 
 
 def peft_alpha(module: nn.Module, target: Target, use_rslora: bool) -> float:
@@ -58,6 +63,36 @@ def refuse_for_peft(module: nn.Module, target: Target) -> None:
             f"padding_mode={module.padding_mode!r}: it would compute something else. Export the "
             "merged model."
         )
+
+
+def refuse_tokens_for_peft(
+    model: nn.Module, modules: Mapping[str, nn.Module], target: TokenTarget
+) -> None:
+    """PEFT must train the same rows of the same layers.
+
+    Args:
+        model: What PEFT will know as the model.
+        modules: All modules by name.
+        target: The embedding.
+
+    Raises:
+        CheckpointError: It would leave a tied layer as it is, or a bias out.
+    """
+    if not target.tied:
+        return
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    if not tied or modules[target.name] is not model.get_input_embeddings():  # type: ignore[operator]
+        raise CheckpointError(
+            f"PEFT would not know that {target.tied[0]!r} shares the rows of {target.name!r} that "
+            "train: the config of the model does not say that they are tied. Export the merged "
+            "model."
+        )
+    for name in target.tied:
+        if getattr(modules[name], "bias", None) is not None:
+            raise CheckpointError(
+                f"PEFT leaves the bias of {name!r} out where rows of its weight train: it would "
+                "compute something else. Export the merged model."
+            )
 
 
 def peft_parameters(module: nn.Module, target: Target) -> tuple[str, ...]:
@@ -127,8 +162,8 @@ def attention_of(name: str, targets: Mapping[str, Target], modules: Mapping[str,
     if outer not in targets or not isinstance(modules[outer], nn.MultiheadAttention):
         return ""
     inner, around = targets[name], targets[outer]
-    k = peft_multiple(modules[outer], around)
-    if (inner.r, inner.alpha) != (k * around.r, k * around.alpha):
+    k, own = peft_multiple(modules[outer], around), peft_multiple(modules[name], inner)
+    if (own * inner.r, own * inner.alpha) != (k * around.r, k * around.alpha):
         raise CheckpointError(
             f"PEFT has one rank and alpha for {outer!r} and its output projection. Give them the "
             "same, and adapt the whole of it."

@@ -16,6 +16,7 @@ from lightning_lora.matching import key_matches, suffix_matches
 from lightning_lora.names import modules_by_name
 from lightning_lora.peft_factors import (
     PEFT_MAGNITUDE,
+    PEFT_ROWS,
     attention_of,
     joined,
     peft_alpha,
@@ -23,18 +24,22 @@ from lightning_lora.peft_factors import (
     peft_multiple,
     peft_parameters,
     refuse_for_peft,
+    refuse_tokens_for_peft,
     without_effect,
 )
+from lightning_lora.start import keeps_start, without_starts
+from lightning_lora.tokens import CHILD
 
 _PREFIX = "base_model.model."
 # Settings of PEFT that change the mathematics and have no counterpart here.
 _UNSUPPORTED = (
-    "layers_to_transform",
     "layer_replication",
-    "trainable_token_indices",
     "lora_bias",
     "alora_invocation_tokens",
 )
+# Initialisations that PEFT repeats on the base whenever it loads; PiSSA and OLoRA are the same
+# here.
+_CHANGING_BASE = ("corda", "lora_ga")
 _TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
@@ -61,6 +66,16 @@ def to_peft_tensors(
     plan = require_injection(model).plan
     modules = modules_by_name(model)
     adapted = {target.name: target for target in plan.targets}
+    if not plan.targets:
+        raise CheckpointError(
+            "PEFT's LoRA format needs adapted layers, and r=0 adapts none. Keep the checkpoint, or "
+            "export the merged model."
+        )
+    if any(target.keeps_prior for target in plan.targets):
+        raise CheckpointError(
+            "loftq_iter above 1 quantized the base anew for this adapter, which PEFT would load on "
+            "the base as it was. Keep the checkpoint, or export the merged model."
+        )
     tied = [target.name for target in plan.targets if target.tied_to is not None]
     if tied:
         raise CheckpointError(
@@ -75,6 +90,9 @@ def to_peft_tensors(
         for name in adapted
         for outer in [attention_of(name, adapted, modules)]
     }
+    parts = {name: len(t.slices.adapted) for name, t in adapted.items() if t.slices is not None}
+    state, _ = without_starts(state, parts)
+    tokens = {f"{target.name}.{CHILD}": target for target in plan.tokens}
     tensors = {}
     for name, tensor in state.items():
         if not name.startswith(prefix):
@@ -86,6 +104,9 @@ def to_peft_tensors(
             layer = owner.removesuffix(".lora")
             theirs = peft_factors(modules[layer], adapted[layer], leaf, tensor)
             keys = {f"{paths[layer]}.{key}": value for key, value in theirs}
+        elif owner in tokens:
+            refuse_tokens_for_peft(model.get_submodule(prefix.rstrip(".")), modules, tokens[owner])
+            keys = {f"{tokens[owner].name}.{PEFT_ROWS}": tensor}
         elif owner in adapted:
             keys = {f"{paths[owner]}.base_layer.{leaf}": tensor}
         else:
@@ -150,6 +171,10 @@ def to_peft_config(model: nn.Module, prefix: str = "") -> dict[str, Any]:
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
         "modules_to_save": trained_whole or None,
+        "trainable_token_indices": {
+            target.name.removeprefix(prefix): list(target.indices) for target in plan.tokens
+        }
+        or None,
         "fan_in_fan_out": any(target.kind == "Conv1D" for target in plan.targets),
         "init_lora_weights": True,
     }
@@ -177,6 +202,13 @@ def from_peft_config(
         CheckpointError: The adapter is of another kind, or uses what is not supported, with the
             reason.
     """
+    init = str(values.get("init_lora_weights"))
+    if init.startswith(_CHANGING_BASE):
+        raise CheckpointError(
+            f"{source} belongs to a base that init_lora_weights={init!r} changed, and would be "
+            "wrong on the original one. Save it with PEFT's save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...)."
+        )
     if values.get("peft_type") != "LORA":
         raise CheckpointError(
             f"{source} is a {values.get('peft_type')} adapter of PEFT; only LORA can be loaded."
@@ -189,7 +221,8 @@ def from_peft_config(
     if not adapted:
         raise CheckpointError(f"{source} holds no factors of adapted linear layers.")
     targets = values["target_modules"] or []
-    if isinstance(targets, str) or values.get("exclude_modules"):
+    chosen_otherwise = ("exclude_modules", "layers_to_transform")
+    if isinstance(targets, str) or any(values.get(s) not in (None, []) for s in chosen_otherwise):
         targets = "|".join(re.escape(name) for name in adapted)
     else:
         targets = sorted(t for t in targets if any(suffix_matches(t, name) for name in adapted))
@@ -211,8 +244,10 @@ def from_peft_config(
         alpha_pattern=_used_keys(values.get("alpha_pattern"), adapted),
         bias=values.get("bias", "none"),
         modules_to_save=whole,
+        trainable_token_indices=values.get("trainable_token_indices"),
         use_rslora=values.get("use_rslora", False),
         use_dora=values.get("use_dora", False),
+        init=init if keeps_start(init) else "kaiming",
     )
 
 
@@ -263,6 +298,7 @@ def from_peft_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name.endswith(PEFT_MAGNITUDE):
             # That of a convolution has the dimensions of its output.
             name, tensor = name.replace(PEFT_MAGNITUDE, ".lora.magnitude"), tensor.reshape(-1)
+        name = name.replace(f".{PEFT_ROWS}", f".{CHILD}.rows")
         state[name.replace(".base_layer.", ".")] = tensor
     return state
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lightning_lora.names import listed
 from lightning_lora.slices import Slices
+from lightning_lora.start import PRIOR, START
 from lightning_lora.tables import as_text
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ class Target:
             whole layer is.
         weights: Names of the layer's parameters that the update is added to.
         dora: Whether a magnitude trains too, one element for each row of B.
+        frozen: Names of the parameters among the factors that stay as they start.
+        keeps_start: Whether the factors go with what they started from, which is subtracted.
+        keeps_prior: Whether they go with those that settle how LoftQ has quantized the weight.
     """
 
     name: str
@@ -44,6 +48,9 @@ class Target:
     slices: Slices | None = None
     weights: tuple[str, ...] = ("weight",)
     dora: bool = False
+    frozen: tuple[str, ...] = ()
+    keeps_start: bool = False
+    keeps_prior: bool = False
 
     @property
     def parameters(self) -> int:
@@ -55,7 +62,20 @@ class Target:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each parameter among the factors, by name."""
         shapes = {"A": self.A_shape, "B": self.B_shape}
+        own = tuple(shapes.items())
+        if self.keeps_start:
+            shapes |= {START[name]: shape for name, shape in own}
+        if self.keeps_prior:
+            shapes |= {PRIOR[name]: shape for name, shape in own}
         return {**shapes, "magnitude": self.B_shape[:1]} if self.dora else shapes
+
+    @property
+    def frozen_parameters(self) -> int:
+        """Number of those that do not train."""
+        if self.tied_to is not None:
+            return 0
+        shapes = self.shapes()
+        return sum(_product(shapes[name]) for name in self.frozen)
 
 
 @dataclass(frozen=True)
@@ -79,6 +99,30 @@ class TrainedParameter:
 
 
 @dataclass(frozen=True)
+class TokenTarget:
+    """An embedding of which some rows train.
+
+    Attributes:
+        name: Full name of the embedding.
+        kind: Type of the layer.
+        indices: The rows that train.
+        width: Elements of a row.
+        tied: Names of the other layers with the same weight, where the rows train too.
+    """
+
+    name: str
+    kind: str
+    indices: tuple[int, ...]
+    width: int
+    tied: tuple[str, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        """Number of elements that train."""
+        return len(self.indices) * self.width
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything an injection will do.
 
@@ -90,6 +134,7 @@ class Plan:
             pattern, count)``.
         skipped: Layers that a preset leaves out, as ``(name, reason)``.
         base_parameters: Number of parameters before injection.
+        tokens: The embeddings of which some rows train.
     """
 
     targets: tuple[Target, ...]
@@ -98,6 +143,7 @@ class Plan:
     matches: tuple[tuple[str, str, int], ...]
     skipped: tuple[tuple[str, str], ...]
     base_parameters: int
+    tokens: tuple[TokenTarget, ...] = ()
 
     @property
     def lora_parameters(self) -> int:
@@ -107,16 +153,18 @@ class Plan:
     @property
     def trainable_parameters(self) -> int:
         """Number of parameters that train: factors, biases, norms, embeddings and whole modules."""
-        return self.lora_parameters + sum(self.counts().values())
+        frozen = sum(target.frozen_parameters for target in self.targets)
+        return self.lora_parameters - frozen + sum(self.counts().values())
 
     @property
     def total_parameters(self) -> int:
         """Number of parameters after injection."""
-        return self.base_parameters + self.lora_parameters
+        return self.base_parameters + self.lora_parameters + self.counts()["token"]
 
     def counts(self) -> dict[str, int]:
-        """Trained base parameters by reason."""
-        counts = {"bias": 0, "norm": 0, "embedding": 0, "whole": 0}
+        """Parameters that train beside the factors, by reason."""
+        counts = {"bias": 0, "norm": 0, "embedding": 0, "whole": 0, "token": 0}
+        counts["token"] = sum(target.numel for target in self.tokens)
         for parameter in self.trained:
             counts[parameter.reason] += parameter.numel
         return counts
@@ -145,9 +193,12 @@ class Plan:
             "bias": "biases",
             "norm": "norms",
             "embedding": "embeddings",
+            "token": escape(f"rows of {listed([t.name for t in self.tokens], limit=3)}"),
             "whole": escape(f"trained whole ({listed(self.saved_modules, limit=3)})"),
         }
         table.add_row("parameters", f"{self.lora_parameters:,}", "LoRA factors")
+        if frozen := sum(target.frozen_parameters for target in self.targets):
+            table.add_row("", f"-{frozen:,}", "of these stay as they start")
         for reason, count in self.counts().items():
             if count:
                 table.add_row("", f"{count:,}", labels[reason])

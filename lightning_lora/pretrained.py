@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.layers import LoRAFactors
+from lightning_lora.layers.tokens import TokenRows
 from lightning_lora.names import clean_name, listed, persistent_buffers
 from lightning_lora.sharded import extent, is_sharded, local, shard_from, write
 
@@ -221,6 +222,11 @@ def _fill(
                         if file not in opened:
                             opened[file] = files.enter_context(_open(file))
                         _read(fresh, opened[file], key)
+                    elif isinstance(module, TokenRows):
+                        raise ConfigError(
+                            "trainable_token_indices starts from rows of the embeddings, which are "
+                            "not loaded yet: load the model whole in each process."
+                        )
                     elif isinstance(module, LoRAFactors):
                         write(fresh, module.initial_value(leaf, tuple(parameter.shape)))
                     else:

@@ -123,8 +123,18 @@ def scales(layer: _Layer) -> list[Tensor]:
         return []
     if not is_4bit(layer):
         return [_int8_parts(layer)[1]]
-    state = quant_state(layer)
+    return scales_of(quant_state(layer))
+
+
+def scales_of(state: Any) -> list[Tensor]:
+    """The same of the ``QuantState`` of a weight in 4 bits."""
     return [state.absmax, state.offset, state.state2.absmax] if state.nested else [state.absmax]
+
+
+def put_packed(layer: _Layer, weight: Any) -> None:
+    """Give a ``Linear4bit`` another packed weight, with the state that belongs to it."""
+    layer._parameters["weight"] = weight
+    layer.quant_state = weight.quant_state
 
 
 def requantized(layer: _Layer, weight: Tensor) -> nn.Parameter:

@@ -21,7 +21,7 @@ from lightning_lora.dora import direction_scale, weight_norm
 from lightning_lora.errors import ConfigError
 from lightning_lora.functional import delta_weight
 from lightning_lora.injection import Injection, Replaced
-from lightning_lora.layers import LoRAFactors
+from lightning_lora.layers import LoRAFactors, Masters
 from lightning_lora.names import listed, modules_by_name
 from lightning_lora.pretrained import stored_weights
 from lightning_lora.quantization import (
@@ -165,12 +165,12 @@ def merge_quantized(
             trained = weight
             if isinstance(factors, LoRAFactors):
                 with whole_factors(factors):
-                    delta = delta_weight(factors.A, factors.B, factors.scaling).to(weight.device)
-                trained = weight + delta
-                if factors.magnitude is not None:
-                    norm = weight_norm(weight, *factors.pair(), factors.scaling)
-                    trained = trained * direction_scale(factors.magnitude, norm)[:, None]
-                    delta = trained - weight
+                    delta = delta_weight(*factors.pair(), factors.scaling).to(weight.device)
+                    trained = weight + delta
+                    if factors.magnitude is not None:
+                        norm = weight_norm(weight, *factors.pair(), factors.scaling)
+                        trained = trained * direction_scale(factors.magnitude, norm)[:, None]
+                        delta = trained - weight
             if read is None:
                 merged = trained
             else:
@@ -276,7 +276,7 @@ def _own_dtype(model: nn.Module, record: Injection, layers: dict[str, Any]) -> t
     """The dtype that activations have: that of most matrices that are not quantized."""
     left_out = {id(layer.weight) for layer in layers.values()}
     for module in model.modules():
-        if isinstance(module, LoRAFactors):
+        if isinstance(module, Masters):
             left_out.update(map(id, module.parameters()))
     matrices: Counter[torch.dtype] = Counter()
     vectors: Counter[torch.dtype] = Counter()

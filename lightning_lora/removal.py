@@ -5,11 +5,13 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_lora.freezing import release, remove_hook
+from lightning_lora.initialization import put_back
 from lightning_lora.injection import ATTRIBUTE, no_fast_path, require_injection, restore_class
 from lightning_lora.layers.siblings import part_siblings
 from lightning_lora.merging import unmerge_lora
 from lightning_lora.names import modules_by_name, unwrap
 from lightning_lora.quantization import allow_repacking
+from lightning_lora.tokens import remove_tokens
 
 
 def remove_lora(model: nn.Module) -> None:
@@ -20,16 +22,19 @@ def remove_lora(model: nn.Module) -> None:
     values.
 
     Raises:
-        ConfigError: The model has no LoRA.
+        ConfigError: The model has no LoRA, or LoftQ quantized its base anew and it is sharded by
+            now.
     """
     record = require_injection(model)
     unmerge_lora(model)
+    put_back(model, record.originals)
     modules = modules_by_name(model)
     for target in record.plan.targets:
         module = modules[target.name]
         restore_class(module)
         del module.lora
         part_siblings(module)
+    remove_tokens(modules, record.plan.tokens)
     for module in modules.values():
         if isinstance(module, nn.TransformerEncoderLayer):
             remove_hook(module, no_fast_path)

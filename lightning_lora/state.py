@@ -12,16 +12,31 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import CheckpointError, ConfigError
 from lightning_lora.fingerprint import Packed, fingerprint
+from lightning_lora.initialization import restore_rounds
 from lightning_lora.injection import Injection, persistent_buffers, require_injection
 from lightning_lora.names import clean_name, listed, modules_by_name
 from lightning_lora.plan import Target
-from lightning_lora.quantization import is_pending, quantization_of, quantized_layers, scales
+from lightning_lora.quantization import (
+    is_pending,
+    quantization_of,
+    quantized_layers,
+    scales,
+    scales_of,
+)
 from lightning_lora.sharded import reshard, write
+from lightning_lora.start import keeps_start
+from lightning_lora.tokens import CHILD, rows_of, without_rows
 
 FORMAT_VERSION = 1
 METADATA_KEY = "lightning_lora"
 # Settings that shape the state; the others (dropout, init) may change between save and load.
-_SHAPING = ("use_dora", "bias", "train_layer_norms", "train_embeddings")
+_SHAPING = (
+    "use_dora",
+    "bias",
+    "train_layer_norms",
+    "train_embeddings",
+    "trainable_token_indices",
+)
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -72,6 +87,7 @@ def load_adapter_state_dict(
         )
     audit_state(model, state, source)
     reshard(model)
+    restore_rounds(model, record.plan, record.originals, state, source)
     buffers = persistent_buffers(model)
     for name, tensor in {**_trained(model, record), **buffers}.items():
         if name in state:
@@ -138,13 +154,25 @@ def _fingerprinted(model: nn.Module, without: Iterable[str] = ()) -> Iterator[Te
     """The frozen base, packed weights with their scales; without the weights of some layers."""
     modules = modules_by_name(model)
     left_out = {id(modules[name].weight) for name in without if name in modules}
-    packed = {id(layer.weight): layer for layer in quantized_layers(model).values()}
+    record = require_injection(model)
+    # Rows that train are no part of the base: new ones differ each time embeddings are resized.
+    tables = {}
+    for target in record.plan.tokens:
+        _, merged_away = record.base_weights.get(f"{target.name}.weight", (None, None))
+        table = modules[target.name].weight if merged_away is None else merged_away
+        tables[id(table)] = rows_of(modules, target)
+    packed = {id(layer.weight): (name, layer) for name, layer in quantized_layers(model).items()}
     for parameter in frozen_parameters(model):
-        layer = packed.get(id(parameter))
+        name, layer = packed.get(id(parameter), ("", None))
         if id(parameter) in left_out:
             continue
-        if layer is None or is_pending(layer):
+        if id(parameter) in tables:
+            yield without_rows(parameter, tables[id(parameter)])
+        elif layer is None or is_pending(layer):
             yield parameter
+        elif (original := record.originals.get(name)) is not None:
+            yield Packed(original)
+            yield from scales_of(original.quant_state)  # type: ignore[attr-defined]
         else:
             yield Packed(parameter)
             yield from scales(layer)
@@ -259,12 +287,20 @@ def _config_differences(metadata: Mapping[str, Any], here: Mapping[str, Any]) ->
         }
         for old, new in sorted(pairs):
             yield f"{key}: {old} in the checkpoint, {new} now"
+    if bool(theirs) != bool(ours):
+        yield f"r: {metadata['config']['r']} in the checkpoint, {here['config']['r']} now"
     only_theirs = [name for name in theirs if name not in ours]
     only_ours = [name for name in ours if name not in theirs]
     if only_theirs:
         yield f"target_modules: adapted in the checkpoint alone: {listed(only_theirs)}"
     if only_ours:
         yield f"target_modules: adapted here alone: {listed(only_ours)}"
+    inits = [str(each["config"].get("init")) for each in (metadata, here)]
+    if keeps_start(inits[0]) != keeps_start(inits[1]):
+        yield f"init: {inits[0]!r} in the checkpoint, {inits[1]!r} now"
+    rounds = [each["config"].get("loftq_iter") or 1 for each in (metadata, here)]
+    if (rounds[0] > 1) != (rounds[1] > 1):
+        yield f"loftq_iter: {rounds[0]} in the checkpoint, {rounds[1]} now"
     yield from _setting_differences(metadata, here, _SHAPING)
 
 
@@ -278,12 +314,15 @@ def _setting_differences(
 
 
 def trained_shapes(record: Injection) -> dict[str, tuple[int, ...]]:
-    """The parameters that train, and the shapes they have when they are not sharded."""
+    """The parameters that train or go with them, and their shapes when they are not sharded."""
     shapes = {parameter.name: parameter.shape for parameter in record.plan.trained}
     for target in record.plan.targets:
         if target.tied_to is None:
             for leaf, shape in target.shapes().items():
                 shapes[f"{target.name}.lora.{leaf}"] = shape
+    for token_target in record.plan.tokens:
+        shape = (len(token_target.indices), token_target.width)
+        shapes[f"{token_target.name}.{CHILD}.rows"] = shape
     return shapes
 
 

@@ -7,11 +7,12 @@ from typing import TypeVar
 
 from torch import nn
 
+from lightning_lora.blocks import in_blocks
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import TargetError
 from lightning_lora.fused import fused_projections, query_and_value
 from lightning_lora.heads import output_heads
-from lightning_lora.layers import adapted_class, supported_layers
+from lightning_lora.layers import LoRALayer, adapted_class, supported_layers
 from lightning_lora.matching import (
     in_attention,
     inside,
@@ -31,6 +32,8 @@ from lightning_lora.obstacles import (
 from lightning_lora.plan import Plan, Target
 from lightning_lora.quantization import count_parameters, quantized_layers
 from lightning_lora.slices import Slices
+from lightning_lora.start import PRIOR, START, keeps_start
+from lightning_lora.tokens import token_targets
 from lightning_lora.trained import saved_modules, trained_parameters
 
 N = TypeVar("N", int, float)
@@ -50,11 +53,13 @@ def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
     refuse_lazy(model)
     modules = modules_by_name(model)
     saved = saved_modules(modules, config)
+    if config.r == 0:
+        return _without_factors(model, config, saved)
     obstacles = find_obstacles(modules, config.dropout, config.use_dora)
     slices = _slices(modules, config, saved, obstacles)
     names, matches, skipped = _target_names(modules, config, saved, obstacles, slices)
     _refuse_quantized(model, saved)
-    targets = tuple(_targets(modules, names, config, slices))
+    targets = tuple(_targets(modules, names, config, slices, set(quantized_layers(model))))
     matches += _key_counts("rank_pattern", config.rank_pattern, names)
     matches += _key_counts("alpha_pattern", config.alpha_pattern, names)
     return Plan(
@@ -64,7 +69,22 @@ def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
         matches=tuple(matches),
         skipped=tuple(skipped),
         base_parameters=count_parameters(model),
+        tokens=tuple(token_targets(modules, config, saved, names)),
     )
+
+
+def _without_factors(model: nn.Module, config: LoRAConfig, saved: tuple[str, ...]) -> Plan:
+    """The plan of the baselines that train a part of the model itself: probes, BitFit."""
+    _refuse_quantized(model, saved)
+    trained = tuple(trained_parameters(model, config, saved, set()))
+    tokens = tuple(token_targets(modules_by_name(model), config, saved, ()))
+    if not trained and not tokens:
+        raise TargetError(
+            "Nothing would train: r=0 adapts no layer, and no head, bias, norm or embedding is set "
+            "to train. Name the head in modules_to_save, or set bias='all', train_layer_norms, "
+            "train_embeddings or trainable_token_indices; or give r a rank."
+        )
+    return Plan((), trained, saved, (), (), count_parameters(model), tokens)
 
 
 def _target_names(
@@ -104,6 +124,10 @@ def _target_names(
         matches.append(("target_modules", str(wanted), len(chosen)))
     else:
         chosen = _explicit(modules, config, saved, obstacles, adaptable, matches)
+    if config.layers_to_transform is not None:
+        wanted_blocks, pattern = config.layers_to_transform, config.layers_pattern
+        chosen, counts = in_blocks(chosen, modules, wanted_blocks, pattern)
+        matches += counts
     if config.exclude_modules is not None:
         chosen = _without_excluded(modules, chosen, config, matches)
     outers = {name: attention_around(name, modules) for name in chosen}
@@ -257,6 +281,7 @@ def _targets(
     names: list[str],
     config: LoRAConfig,
     slices: dict[str, Slices],
+    quantized: set[str],
 ) -> Iterator[Target]:
     first_with: dict[int, str] = {}
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
@@ -296,7 +321,20 @@ def _targets(
             slices=parts,
             weights=weights,
             dora=config.use_dora,
+            frozen=_frozen(adapted, config, name in quantized),
+            keeps_start=keeps_start(config.init),
+            keeps_prior=config.loftq_iter > 1 and name in quantized,
         )
+
+
+def _frozen(adapted: type[LoRALayer], config: LoRAConfig, is_quantized: bool) -> tuple[str, ...]:
+    """What stays as it starts: the factor that is drawn, and what goes with the factors."""
+    frozen = ["A" if adapted.zero_factor == "B" else "B"] if config.freeze_A else []
+    if keeps_start(config.init):
+        frozen += START.values()
+    if config.loftq_iter > 1 and is_quantized:
+        frozen += PRIOR.values()
+    return tuple(frozen)
 
 
 def _by_key(pattern: Mapping[str, N] | None, name: str, default: N) -> N:

@@ -133,7 +133,7 @@ def make_forecast(
         states, steps = {}, {}
         states["full"], steps["full"] = counter.count(optimizer, "full", ranks)
     parameters = {"full": _sizes(module)}
-    plan = inject_lora(module, lora)
+    plan = inject_lora(module, lora, initialize=False)
     parameters["lora"] = parameters["qlora"] = _sizes(module)
     with counter.stored(check_dtype(frozen_dtype)):
         optimizer = _optimizer(module, device)

@@ -441,7 +441,7 @@ def test_frozen_dtype(tmp_path: Path) -> None:
 
 def test_invalid_settings_are_reported_at_construction() -> None:
     with pytest.raises(ConfigError, match="2 problems"):
-        LoRACallback(r=0, alpha=-1)
+        LoRACallback(r=-1, alpha=-1)
     with pytest.raises(ConfigError, match="merge_from"):
         LoRACallback(merge_from="first")
 

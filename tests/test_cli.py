@@ -261,7 +261,7 @@ def _edit(old: str, new: str) -> Callable[[str], str]:
         (str, ["--trainer.max_epochs", "two"], "(command line): expected int or null, got 'two'"),
         (str, ["--model.learning_rat", "1"], "did you mean 'model.learning_rate'?"),
         (str, ["--bogus", "1"], "Unknown key 'bogus' (command line)"),
-        (str, ["--lora.r", "0"], "r must be"),
+        (str, ["--lora.r", "-1"], "r must be"),
         (str, ["--lora.target_modules", "[quary]"], "query"),
         (str, ["--model.dtype", "flaot32"], "did you mean 'float32'?"),
         (str, ["--data.batch_size", "0"], "batch_size is 0"),

@@ -143,7 +143,7 @@ def test_settings_of_the_config_count(capsys: pytest.CaptureFixture[str]) -> Non
         (["--config", "quickstart", "--gpus", "two"], "--gpus is 'two'"),
         (["--config", "quickstart", "--gpus"], "expected one argument"),
         (["--config", "quickstart", "--lora.bogus", "4"], "Unknown key 'lora.bogus'"),
-        (["--config", "quickstart", "--lora.r", "0"], "r must be a whole number"),
+        (["--config", "quickstart", "--lora.r", "-1"], "r must be a whole number"),
         (
             ["--config", "quickstart", "--lora.target_modules", "[nothing]"],
             "'nothing' matched nothing",

@@ -11,7 +11,9 @@ from lightning_lora.errors import ConfigError
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"r": 0}, "r must be a whole number of at least 1, got 0"),
+        ({"r": -1}, "r must be a whole number of at least 1 (or 0 to adapt no layer), got -1"),
+        ({"r": 0, "bias": "lora_only"}, "bias='lora_only' trains the biases of adapted layers"),
+        ({"r": 0, "rank_pattern": {"query": 4}}, "rank_pattern gives layers a rank"),
         ({"r": 2.5}, "got 2.5"),
         ({"r": True}, "got True"),
         ({"r": "8"}, "got '8'"),
@@ -56,7 +58,7 @@ def test_each_wrong_value_is_named(settings: dict[str, Any], said: str) -> None:
 def test_all_problems_come_in_one_error() -> None:
     with pytest.raises(ConfigError) as error:
         LoRAConfig(
-            r=0,
+            r=-1,
             alpha=-1,
             dropout=2,
             target_modules="(",

@@ -384,7 +384,9 @@ def test_roberta_with_the_settings_of_the_blog() -> None:
     )
     assert plan.base_parameters == 124_056_578
     assert plan.lora_parameters == 294_912
-    assert plan.counts() == {"bias": 102_144, "norm": 19_200, "embedding": 0, "whole": 1_538}
+    assert plan.counts() == {"bias": 102_144, "norm": 19_200, "embedding": 0, "whole": 1_538} | {
+        "token": 0
+    }
     assert plan.trainable_parameters == 417_794
     assert plan.total_parameters == 124_056_578 + 294_912
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -7,6 +7,7 @@ from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.experts import LoRAExperts
 from lightning_lora.layers.factors import LoRAFactors
 from lightning_lora.layers.linear import LoRALinear
+from lightning_lora.layers.masters import Masters
 
 __all__ = [
     "LoRAConv1d",
@@ -18,6 +19,7 @@ __all__ = [
     "LoRALayer",
     "LoRALinear",
     "LoRAMultiheadAttention",
+    "Masters",
     "adapted_class",
     "register_layer",
     "supported_layers",

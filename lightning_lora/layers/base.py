@@ -242,7 +242,7 @@ def adapted_class(layer: type[nn.Module]) -> type[LoRALayer] | None:
         bases: tuple[type[nn.Module], ...]
         if layer.forward is base.forward:
             bases = (_Derived, adapted, layer)
-        elif adapted.adapts_inside_forward and _only_calls_super(layer.forward):
+        elif adapted.adapts_inside_forward and only_calls_super(layer.forward):
             bases = (_Derived, layer, adapted)
         else:
             continue
@@ -258,7 +258,7 @@ def _derive(layer: type[nn.Module], bases: tuple[type[nn.Module], ...]) -> type[
     return _DERIVED[layer]
 
 
-def _only_calls_super(forward: Any) -> bool:
+def only_calls_super(forward: Any) -> bool:
     """Whether a forward leaves the use of the weight to the one that it overrides."""
     code = getattr(forward, "__code__", None)
     if code is None or "__class__" not in code.co_freevars:

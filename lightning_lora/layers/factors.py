@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.layers.masters import Masters
 from lightning_lora.slices import Slices
+from lightning_lora.start import PRIOR, START, with_start
 
 
-class LoRAFactors(nn.Module):
+class LoRAFactors(Masters):
     """Factors A and B of a low-rank update ``s * B @ A``, held as the child ``lora`` of an adapted
     layer.
 
@@ -29,21 +31,31 @@ class LoRAFactors(nn.Module):
         alpha: Numerator of the scaling.
         scaling: The factor s in front of the update.
         dropout: Probability of dropping an element of the adapter's input while training.
-        init: ``"kaiming"`` or ``"gaussian"``.
+        init: ``"kaiming"``, ``"gaussian"`` or ``"orthogonal"``; others replace a Kaiming draw.
         seed: Seed of the initialisation.
         device: Device of the factors.
         dtype: Dtype of the adapted weight; the factors take it if it is wider than float32.
         slices: The parts of a fused projection that have factors, if not the whole of it has.
         zero: The factor that is zero at first, ``"A"`` or ``"B"``; the other is drawn.
+        frozen: Names of the factors that do not train.
+        keeps_start: Whether what the factors start from is kept and subtracted, see
+            `lightning_lora.start`.
+        keeps_prior: Whether the factors of LoftQ's round before go with them, see
+            `lightning_lora.initialization.loftq`.
 
     Attributes:
         A: Parameter of shape ``A_shape``.
         B: Parameter of shape ``B_shape``.
         magnitude: DoRA's m, a parameter of shape ``(out,)`` (see `lightning_lora.dora`), or
             ``None``.
+        A_init: Where the start is kept, what A started from; a parameter that does not train.
+        B_init: The same of B.
         hidden: While true (the factors are merged into the weight), state dicts leave the factors
             out.
     """
+
+    A_init: nn.Parameter
+    B_init: nn.Parameter
 
     def __init__(
         self,
@@ -60,27 +72,32 @@ class LoRAFactors(nn.Module):
         dtype: torch.dtype,
         slices: Slices | None = None,
         zero: str = "B",
+        frozen: Sequence[str] = (),
+        keeps_start: bool = False,
+        keeps_prior: bool = False,
     ) -> None:
         super().__init__()
-        master = (
-            torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else torch.float32
-        )
+        master = self.dtype_for(dtype)
         self.name, self.init, self.seed = name, init, seed
         self.r, self.alpha, self.scaling, self.dropout = r, alpha, scaling, dropout
-        self.slices, self.zero = slices, zero
-        self.hidden = False
+        self.slices, self.zero, self.frozen = slices, zero, tuple(frozen)
         self.A = nn.Parameter(torch.empty(*A_shape, device=device, dtype=master))
         self.B = nn.Parameter(torch.empty(*B_shape, device=device, dtype=master))
         self.magnitude: nn.Parameter | None
         self.register_parameter("magnitude", None)
+        for leaf, name in (*START.items(), *PRIOR.items()):
+            if keeps_start if name in START.values() else keeps_prior:
+                zero_value = torch.zeros_like(getattr(self, leaf).data)
+                self.register_parameter(name, nn.Parameter(zero_value, requires_grad=False))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw A anew (the same values each time) and set B to zero; a no-op on the meta device.
 
         ``"kaiming"`` is PEFT's and loralib's uniform distribution with bound ``1 / sqrt(fan_in)``;
-        ``"gaussian"`` is normal with standard deviation ``1 / r``. Where A is the zero one, B is
-        drawn from a normal distribution with standard deviation 1, as they do for embeddings.
+        ``"gaussian"`` is normal with standard deviation ``1 / r``; with ``"orthogonal"`` (as in
+        PEFT) neither is zero and their product is. Where A is the zero one, B is drawn from a
+        normal distribution with standard deviation 1, as they do for embeddings.
         """
         if self.A.is_meta:
             return
@@ -100,10 +117,13 @@ class LoRAFactors(nn.Module):
         """
         # On the CPU even inside `with torch.device(...)`: the draw must not depend on the device.
         value = torch.zeros(*shape, dtype=getattr(self, factor).dtype, device="cpu")
-        if factor in (self.zero, "magnitude"):
+        if factor in (*START.values(), *PRIOR.values(), "magnitude"):
             return value
-        digest = hashlib.blake2b(f"{self.seed}:{self.name}".encode(), digest_size=7).digest()
-        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big"))
+        if self.init == "orthogonal":
+            return self._orthogonal(factor, value)
+        if factor == self.zero:
+            return value
+        generator = self._generator()
         if factor == "B":
             return value.normal_(generator=generator)
         if self.init == "gaussian":
@@ -117,14 +137,48 @@ class LoRAFactors(nn.Module):
         """Let DoRA's m train too, from this value of shape ``(out,)`` on."""
         self.magnitude = nn.Parameter(value)
 
+    def _generator(self, purpose: str = "") -> torch.Generator:
+        text = f"{self.seed}:{self.name}{purpose}"
+        digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
+        return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big"))
+
+    def _orthogonal(self, factor: str, value: Tensor) -> Tensor:
+        """A from the even rows of one orthogonal matrix, B from the odd ones, so that B A = 0.
+
+        After https://datta0.github.io/posts/rethink-lora-init, with PEFT's factor of 1 / 10.
+        """
+        square = torch.randn(self.r, self.r, generator=self._generator(":Q"), dtype=torch.float64)
+        Q = torch.linalg.qr(square)[0].to(value.dtype)
+        generator = self._generator(f":{factor}")
+        for part in value.split(self.r) if factor == "A" else [value]:
+            width = part.shape[1] if factor == "A" else part.shape[0]
+            mixed = torch.randn(width, self.r // 2, generator=generator, dtype=value.dtype)
+            if factor == "A":
+                part.copy_((mixed @ Q[0::2]).t() / 10)
+            else:
+                part.copy_(mixed @ Q[1::2] / 10)
+        return value
+
+    @torch.no_grad()
+    def start_from(self, factor: str, value: Tensor) -> None:
+        """Set a factor to a value, and keep it as what the factor started from."""
+        getattr(self, factor).copy_(value)
+        getattr(self, START[factor]).copy_(value)
+
     def pair(self) -> tuple[Tensor, Tensor]:
         """A and B of the whole layer's update; sliced factors have zeros in the other rows of B.
 
-        Parts with inputs of their own stay as they are stored, see `Slices.blocks`.
+        Parts with inputs of their own stay as they are stored, see `Slices.blocks`. Where the
+        start is kept, both have rank 2r, see `lightning_lora.start.with_start`.
         """
+        A: Tensor = self.A
+        B: Tensor = self.B
+        if "A_init" in self._parameters:
+            parts = 1 if self.slices is None else len(self.slices.adapted)
+            A, B = with_start(A, B, self.A_init, self.B_init, parts)
         if self.slices is None or self.slices.widths is not None:
-            return self.A, self.B
-        return self.A, self.slices.spread(self.B)
+            return A, B
+        return A, self.slices.spread(B)
 
     def forward(self, update: Callable[..., Tensor], *inputs: Any) -> Tensor:
         """Run ``update(*inputs, A, B, scaling, dropout)``, with A and B as `pair` gives them;
@@ -143,25 +197,3 @@ class LoRAFactors(nn.Module):
         parts = "" if self.slices is None else f", parts={','.join(self.slices.adapted)}"
         parts += "" if self.magnitude is None else ", magnitude"
         return f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}{parts}"
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if not self.hidden:
-            super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        if not self.hidden:
-            super()._load_from_state_dict(*args, **kwargs)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        wide = {
-            name: (p.detach(), None if p.grad is None else p.grad.detach())
-            for name, p in self.named_parameters()
-        }
-        super()._apply(fn, recurse)
-        for name, parameter in self.named_parameters():
-            if parameter.dtype.itemsize < 4 and parameter.is_floating_point():
-                # .half(), .to(bfloat16) and Lightning's "bf16-true" would round the masters away.
-                data, grad = wide[name]
-                parameter.data = data.to(parameter.device)
-                parameter.grad = None if grad is None else grad.to(parameter.device)
-        return self

@@ -34,7 +34,7 @@ class _LoRAQuantized(LoRALayer):
 
     def delta_weight(self) -> Tensor:
         """``s * B @ A``, shape ``(out_features, in_features)``."""
-        return delta_weight(self.lora.A, self.lora.B, self.lora.scaling)
+        return delta_weight(*self.lora.pair(), self.lora.scaling)
 
     def base_forward(self, x: Tensor) -> Tensor:
         """The quantized layer's own output, in the dtype of its computation; without autograd."""

@@ -43,6 +43,7 @@ from lightning_lora.sharded import in_place_of
 from lightning_lora.state import adapter_state_dict, audit_state, trained_shapes
 from lightning_lora.strategies.sharding import Sharded
 from lightning_lora.strategies.wrapping import find_units
+from lightning_lora.tokens import CHILD, restore_tokens, rows_of, swap_tokens
 
 
 class FlatSharded(Sharded):
@@ -94,7 +95,9 @@ class FlatSharded(Sharded):
     @override
     def tensors(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         record = require_injection(model)
-        hidden = [f"{t.name}.lora." for t in record.plan.targets] if record.merged else []
+        beside = [f"{t.name}.lora." for t in record.plan.targets]
+        beside += [f"{t.name}.{CHILD}." for t in record.plan.tokens]
+        hidden = beside if record.merged else []
         for parameters in self._gathered(model):
             seen = set()
             for name, parameter in parameters.items():
@@ -170,14 +173,22 @@ class FlatSharded(Sharded):
             if t.tied_to is None
             for leaf in t.weights
         }
-        for parameters in self._gathered(model, weights, write=True):
+        tables = {f"{t.name}.weight": t for t in record.plan.tokens}
+        for parameters in self._gathered(model, weights | set(tables), write=True):
             for name, weight in parameters.items():
+                if name in tables:
+                    record.base_weights[name] = (weight, _my_part(weight).to("cpu", copy=True))
+                    rows = factors[f"{tables[name].name}.{CHILD}.rows"].to(weight.device)
+                    rows_of(modules, tables[name]).write_into(weight.data, rows)
+                    continue
                 layer, _, leaf = name.rpartition(".")
                 module = modules[layer]
                 assert isinstance(module, LoRALayer)
+                prefix = f"{layer}.lora."
                 wholes = {
-                    factor: factors[f"{layer}.lora.{factor}"].to(weight.device)
-                    for factor in targets[layer].shapes()
+                    key.removeprefix(prefix): factor.to(weight.device)
+                    for key, factor in factors.items()
+                    if key.startswith(prefix)
                 }
                 with in_place_of(unwrap(module.lora), wholes):
                     delta = module.delta_weights()[leaf]
@@ -188,6 +199,7 @@ class FlatSharded(Sharded):
         for target in record.plan.targets:
             unwrap(modules[target.name].lora).hidden = True  # type: ignore[arg-type, assignment]
             restore_class(modules[target.name])
+        restore_tokens(modules, record.plan.tokens)
         record.merged = True
         return MergeReport(record.merge_base)
 
@@ -205,6 +217,7 @@ class FlatSharded(Sharded):
         for target in record.plan.targets:
             unwrap(modules[target.name].lora).hidden = False  # type: ignore[arg-type, assignment]
             swap_class(modules[target.name])
+        swap_tokens(modules, record.plan.tokens)
         record.base_weights.clear()
         record.merged = False
 

@@ -30,7 +30,7 @@ from torch.distributed.fsdp import (
 from typing_extensions import override
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.layers import LoRAFactors
+from lightning_lora.layers import LoRAFactors, Masters
 from lightning_lora.magnitudes import measuring
 from lightning_lora.pretrained import fill_parameters
 from lightning_lora.quantization import store_as
@@ -258,10 +258,16 @@ class FSDP2Strategy(ModelParallelStrategy):
             )
         if isinstance(plugin, HalfPrecision):
             compute = plugin._desired_input_dtype
-            masters = any(isinstance(module, LoRAFactors) for module in model.modules())
+            factors = {
+                id(parameter)
+                for module in model.modules()
+                if isinstance(module, Masters)
+                for parameter in module.parameters()
+            }
             # Not model.to(dtype): rotary tables and the like are buffers, and lose their precision.
             for parameter in model.parameters():
-                if parameter.is_floating_point() and not (masters and parameter.requires_grad):
+                is_master = id(parameter) in factors or (bool(factors) and parameter.requires_grad)
+                if parameter.is_floating_point() and not is_master:
                     parameter.data = parameter.data.to(compute)
         else:
             plugin.convert_module(model)

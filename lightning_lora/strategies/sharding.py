@@ -140,8 +140,10 @@ class Sharded(Replicated):
 
     def agree(self, model: nn.Module) -> None:
         """Make the base the same in all processes before it is sharded, as DDP does."""
-        trained = [p for p in model.parameters() if p.requires_grad]
         frozen = list(frozen_parameters(model))
+        base = set(map(id, frozen))
+        # With the factors that are drawn and kept.
+        trained = [p for p in model.parameters() if id(p) not in base]
         if any(p.is_meta or is_sharded(p) for p in [*trained, *frozen]):
             return
         # Shards of a head that was initialised without a seed would come from different draws.

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.layers import LoRAFactors, LoRALayer
+from lightning_lora.layers import LoRALayer, Masters
+from lightning_lora.layers.tokens import TokenLayer
 from lightning_lora.names import clean_name, listed
 from lightning_lora.sharded import is_sharded
 
@@ -49,7 +50,7 @@ def find_units(model: nn.Module, policy: Policy) -> dict[str, nn.Module]:
 
 
 def _can_be_unit(module: nn.Module) -> bool:
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict, LoRALayer, LoRAFactors)):
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict, LoRALayer, TokenLayer, Masters)):
         return False
     parameters = list(module.parameters())
     return bool(parameters) and not any(is_sharded(parameter) for parameter in parameters)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from lightning_lora import inject_lora, load_adapter, remove_lora, save_adapter
 from lightning_lora.errors import ConfigError
-from lightning_lora.loftq import error_factors
+from lightning_lora.initialization.loftq import error_factors
 from lightning_lora.quantization import as_linear, dequantized, keep_trainable, quantized_layers
 from tests.models import hugging_face, mlp
 from tests.quantized import any_bits, quantized_hugging_face, quantized_mlp

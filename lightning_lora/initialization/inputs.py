@@ -1,0 +1,237 @@
+"""Factors that start from the principal components of a layer's inputs (EVA, arXiv:2410.07170).
+
+A of rank r is the r leading principal components of what the layer is given in a few batches, and B
+is zero. The components are found batch by batch (incremental PCA, Ross et al. 2008), so that no
+inputs are kept; what several processes have found is joined in the same way.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.errors import ConfigError
+from lightning_lora.injection import require_injection
+from lightning_lora.names import listed, modules_by_name
+from lightning_lora.plan import Target
+
+# What is kept beyond r components, against the loss of what only later batches bring out.
+_SPARE = 16
+
+
+@dataclass
+class Components:
+    """The count, mean and leading components of vectors, to which more can be added.
+
+    Attributes:
+        keep: How many components are kept.
+        count: How many vectors were seen.
+        mean: Their mean, shape ``(in,)``.
+        scaled: Right-singular vectors of the centred vectors, each times its singular value, shape
+            ``(at most keep, in)``.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 0.0], [3.0, 0.0]])
+        >>> found = Components(1)
+        >>> for row in x:
+        ...     found.add(row[None])
+        >>> found.leading(1).abs()
+        tensor([[1., 0.]])
+    """
+
+    keep: int
+    count: int = 0
+    mean: Tensor | None = None
+    scaled: Tensor | None = None
+
+    def add(self, vectors: Tensor) -> None:
+        """Take more vectors in, shape ``(n, in)``, float32."""
+        if len(vectors):
+            mean = vectors.mean(0)
+            self.join(Components(self.keep, len(vectors), mean, vectors - mean))
+
+    def join(self, other: Components) -> None:
+        """Take in what others have seen."""
+        if not other.count:
+            return
+        assert other.mean is not None and other.scaled is not None
+        rows = [other.scaled]
+        total = self.count + other.count
+        if self.mean is None or self.scaled is None:
+            self.mean = other.mean
+        else:
+            # The scatter of the two means about their common one (Ross et al., lemma 1).
+            between = (self.count * other.count / total) ** 0.5 * (self.mean - other.mean)
+            rows = [self.scaled, other.scaled, between[None]]
+            self.mean = self.mean + (other.mean - self.mean) * (other.count / total)
+        self.scaled = _scaled_components(torch.cat(rows), self.keep)
+        self.count = total
+
+    def leading(self, r: int) -> Tensor:
+        """The first r components, shape ``(r, in)``, orthonormal, each with its largest entry
+        positive; fewer where the vectors span fewer.
+        """
+        assert self.scaled is not None
+        sizes = self.scaled.norm(dim=1)
+        spanned = sizes > sizes[0] * torch.finfo(sizes.dtype).eps * max(self.scaled.shape)
+        found = (self.scaled / sizes.clamp_min(torch.finfo(sizes.dtype).tiny)[:, None])[spanned][:r]
+        largest = found.gather(1, found.abs().argmax(1, keepdim=True))
+        return found * largest.sign()
+
+
+def _scaled_components(rows: Tensor, keep: int) -> Tensor:
+    if min(rows.shape) <= 4 * keep:
+        _, S, Vh = torch.linalg.svd(rows, full_matrices=False)
+    else:
+        # An exact decomposition of some thousand inputs takes minutes in all layers together.
+        with torch.random.fork_rng([rows.device] if rows.is_cuda else []):
+            torch.manual_seed(0)
+            _, S, V = torch.svd_lowrank(rows, q=2 * keep, niter=4)
+        Vh = V.t()
+    return S[:keep, None] * Vh[:keep]
+
+
+def initialize_from_inputs(
+    model: nn.Module,
+    batches: Iterable[Any],
+    run: Callable[[Any], Any],
+    agree: Callable[[dict[str, Components]], dict[str, Components]] | None = None,
+) -> None:
+    """Start the factors of an adapted model from the inputs of its layers.
+
+    Dropout is off meanwhile, and nothing is trained. Positions that an ``attention_mask`` of the
+    batch leaves out, or whose ``labels`` are -100, do not count.
+
+    Args:
+        model: The module that LoRA was injected into, untrained (B is zero).
+        batches: A few batches; they are taken one after the other.
+        run: Runs the model on a batch.
+        agree: Joins what several processes have found.
+
+    Raises:
+        ConfigError: The model has no LoRA, was trained already, or a layer had fewer different
+            inputs than its rank.
+
+    Example:
+        >>> from lightning_lora import inject_lora
+        >>> net = nn.Sequential(nn.Linear(4, 4))
+        >>> _ = inject_lora(net, r=2, init="eva")
+        >>> initialize_from_inputs(net, [torch.randn(8, 4) for _ in range(3)], net)
+        >>> A = net[0].lora.A.detach()
+        >>> torch.allclose(A @ A.t(), torch.eye(2), atol=1e-5)
+        True
+    """
+    record = require_injection(model)
+    modules = modules_by_name(model)
+    targets = [target for target in record.plan.targets if target.tied_to is None]
+    if not starts_from_zero(model):
+        raise ConfigError("init='eva' starts untrained factors, and some of B is not zero.")
+    found = {t.name: Components(t.r + _SPARE) for t in targets}
+    layers = {name: modules[name] for name in found}
+    with _evaluating(model), torch.no_grad():
+        for batch in batches:
+            with _collecting(layers, found, _counted(batch)):
+                run(batch)
+        if agree is not None:
+            found = agree(found)
+        _write(targets, modules, found)
+
+
+def starts_from_zero(model: nn.Module) -> bool:
+    """Whether no factor B of an adapted model has been trained."""
+    modules = modules_by_name(model)
+    loras: list[Any] = [modules[t.name].lora for t in require_injection(model).plan.targets]
+    return not any(bool(lora.B.any()) for lora in loras)
+
+
+def _write(
+    targets: Iterable[Target], modules: Mapping[str, nn.Module], found: Mapping[str, Components]
+) -> None:
+    unseen = [t.name for t in targets if not found[t.name].count]
+    values = {t.name: found[t.name].leading(t.r) for t in targets if found[t.name].count}
+    few = [
+        f"{t.name} (r={t.r}, {len(values[t.name])} directions)"
+        for t in targets
+        if t.name in values and len(values[t.name]) < t.r
+    ]
+    if few:
+        raise ConfigError(
+            f"init='eva': the inputs of {listed(few, limit=3)} span fewer directions than the "
+            "rank. Give more batches (init_batches), or a lower rank."
+        )
+    if unseen:
+        warnings.warn(
+            f"init='eva': the batches never reached {listed(unseen, limit=3)}, which start from "
+            "init='kaiming' instead.",
+            stacklevel=3,
+        )
+    for target in targets:
+        if target.name in values:
+            lora: Any = modules[target.name].lora
+            parts = lora.A.shape[0] // target.r
+            # Every part of a fused projection has the same inputs.
+            lora.A.copy_(values[target.name].repeat(parts, 1))
+
+
+def _counted(batch: Any) -> Tensor | None:
+    """Which positions of a batch count, shape ``(batch, length)``, where the batch says so."""
+    if not isinstance(batch, Mapping):
+        return None
+    mask, labels = batch.get("attention_mask"), batch.get("labels")
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return None
+    counted = mask.bool()
+    if isinstance(labels, Tensor) and labels.shape == mask.shape:
+        counted = counted & (labels != -100).to(counted.device)
+    return counted
+
+
+@contextmanager
+def _collecting(
+    layers: Mapping[str, nn.Module], found: dict[str, Components], counted: Tensor | None
+) -> Iterator[None]:
+    # Layers side by side (W_q, W_k, W_v) are given one tensor, which is taken in once.
+    taken: list[tuple[Tensor, Components]] = []
+
+    def take(name: str, inputs: tuple[Any, ...]) -> None:
+        x, own = inputs[0], found[name]
+        same = next((each for tensor, each in taken if tensor is x), None)
+        if same is not None and same.keep == own.keep and (own is same or not own.count):
+            found[name] = same
+            return
+        if any(each is own for _, each in taken):
+            own = found[name] = replace(own)
+        taken.append((x, own))
+        x = x.detach()
+        if counted is not None and x.ndim == 3 and x.shape[:2] == counted.shape:
+            x = x[counted.to(x.device)]
+        # In full precision also where autocast would have it otherwise.
+        with torch.autocast(x.device.type, enabled=False):
+            own.add(x.reshape(-1, x.shape[-1]).float())
+
+    handles = [
+        layer.register_forward_pre_hook(lambda _, inputs, name=name: take(name, inputs))
+        for name, layer in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

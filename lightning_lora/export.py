@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors.torch import save_model
@@ -18,6 +19,7 @@ from lightning_lora.errors import CheckpointError
 from lightning_lora.files import replacing_directory
 from lightning_lora.injection import require_injection
 from lightning_lora.interop import write_adapter
+from lightning_lora.model_record import hugging_face_part
 from lightning_lora.names import modules_by_name
 from lightning_lora.state import adapter_state_dict
 from lightning_lora.strategies import Replicated, write_tensors
@@ -44,7 +46,7 @@ def export_model(
         with a warning.
     """
     state = sharding.whole_state(module)
-    part = _hugging_face_part(module)
+    part = _part_of(module)
     if not trainer.is_global_zero:
         if sharding.is_sharded:
             with _merged(module, sharding):
@@ -66,11 +68,11 @@ def export_model(
 
 def announce_export(module: LightningModule, sharding: Replicated) -> None:
     """Say before a fit what its export will need, where that is more than a layer at a time."""
-    part = _hugging_face_part(module)
+    part = _part_of(module)
     if part is None or not sharding.is_sharded:
         return
     model: Any = modules_by_name(module)[part]
-    if _is_stored_otherwise(model):
+    if is_stored_otherwise(model):
         size = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
         rank_zero_info(
             f"export_dir: the files of {type(model).__name__} join or split its parameters, so "
@@ -94,14 +96,14 @@ def _write(
             write_tensors(tensors, folder)
         return
     model: Any = modules_by_name(module)[part]
-    with _untied_config(model), _without_progress_bar():
+    with untied_config(model), _without_progress_bar():
         if tensors is None:
             model.save_pretrained(folder)
-        elif _is_stored_otherwise(model):
+        elif is_stored_otherwise(model):
             # Its files join or split parameters, which takes all of them at once.
             model.save_pretrained(folder, state_dict=dict(tensors))
         else:
-            _write_configs(model, folder)
+            write_configs(model, folder)
             write_tensors(tensors, folder)
     tokenizer = getattr(module, "tokenizer", None) or getattr(
         getattr(trainer, "datamodule", None), "tokenizer", None
@@ -110,17 +112,45 @@ def _write(
         tokenizer.save_pretrained(folder)
 
 
-def _is_stored_otherwise(model: Any) -> bool:
+def is_stored_otherwise(model: Any) -> bool:
     """Whether the files of a Hugging Face model hold other tensors than its parameters."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     return bool(get_model_conversion_mapping(model, add_legacy=False))
 
 
-def _write_configs(model: Any, folder: Path) -> None:
+def only_renames(model: Any) -> bool:
+    """Whether the files of a Hugging Face model hold its parameters one by one, perhaps under other
+    names.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    mapping = get_model_conversion_mapping(model, add_legacy=False)
+    return all(isinstance(each, WeightRenaming) for each in mapping)
+
+
+def stored_names(model: Any, names: Iterable[str]) -> list[str]:
+    """What ``save_pretrained`` calls parameters of a model that `only_renames`."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    found = []
+    for name in names:
+        found += revert_weight_conversion(model, {name: torch.empty(0, device="meta")})
+    return found
+
+
+def write_configs(model: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write the configs that ``save_pretrained`` would.
+
+    Args:
+        model: A Hugging Face model.
+        folder: Where they go.
+        dtype: What the config says of the weights' dtype; by default that of the first parameter.
+    """
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__.removeprefix("FSDP")]
-    config.dtype = next(model.parameters()).dtype
+    config.dtype = dtype or next(model.parameters()).dtype
     config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
@@ -145,14 +175,8 @@ def _taking_all(tensors: Iterator[Any] | None) -> Iterator[None]:
             deque(tensors, maxlen=0)
 
 
-def _hugging_face_part(module: nn.Module) -> str | None:
-    """Path of the one Hugging Face model that holds everything that was trained, or ``None``."""
-    trained = list(adapter_state_dict(module))
-    for name, child in modules_by_name(module).items():
-        is_model = hasattr(child, "save_pretrained") and hasattr(child, "config")
-        if is_model and all(key.startswith(f"{name}." if name else "") for key in trained):
-            return name
-    return None
+def _part_of(module: nn.Module) -> str | None:
+    return hugging_face_part(module, list(adapter_state_dict(module)))
 
 
 @contextmanager
@@ -180,11 +204,12 @@ def _merged(module: nn.Module, sharding: Replicated) -> Iterator[None]:
 
 
 @contextmanager
-def _untied_config(model: Any) -> Iterator[None]:
+def untied_config(model: Any) -> Iterator[None]:
     """A head that a merge has untied must not be tied again when the export is loaded."""
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     tied = getattr(model.config, "tie_word_embeddings", False)
-    if not tied or head is None or head.weight is embeddings.weight:
+    # Models without embeddings of words raise where they are asked for them.
+    head = model.get_output_embeddings() if tied else None
+    if head is None or head.weight is model.get_input_embeddings().weight:
         yield
         return
     model.config.tie_word_embeddings = False

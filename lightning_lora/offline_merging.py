@@ -1,0 +1,392 @@
+"""Merging an adapter on disk into its base on disk, a layer at a time: no model is ever in memory.
+
+The model is built on the meta device, which gives the names, the ties, the layers and the order of
+the parameters. A layer's weights are read, its update is added by the very functions that merge a
+live model, and the result goes to the file that is being filled.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from lightning_lora.errors import CheckpointError, ConfigError
+from lightning_lora.export import only_renames, stored_names, untied_config, write_configs
+from lightning_lora.files import replacing_directory
+from lightning_lora.fingerprint import fingerprint
+from lightning_lora.layers import LoRALayer
+from lightning_lora.merging import factors_are_finite, merge_layer, shared_parameters
+from lightning_lora.names import clean_name, listed, modules_by_name, persistent_buffers
+from lightning_lora.plan import Target
+from lightning_lora.pretrained import NotPlainlyStoredError, StoredTensors, weight_places
+from lightning_lora.skeleton import Skeleton, build_skeleton
+from lightning_lora.state import trained_shapes
+from lightning_lora.stored import StoredAdapter, base_folder, read_stored_adapter
+from lightning_lora.strategies import write_tensors
+
+# What belongs to a model beside its weights and configs, in the base's folder.
+_SIDE_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
+    *("*.model", "*.tiktoken", "*.jinja", "*preprocessor_config.json", "processor_config.json"),
+)
+DEFAULT_SHARD = 5 * 10**9
+
+
+@dataclass
+class Merge:
+    """A merge that was prepared: everything was checked and nothing is written.
+
+    Attributes:
+        adapter: The adapter.
+        folder: The base's folder.
+        skeleton: The model without weights; tied weights that the merge parts are apart.
+        places: File and key of each parameter of the base.
+        dtype: Dtype of the result where it was asked for.
+        layers: How many layers are merged.
+        replaced: How many tensors of the base the adapter's own take the place of.
+        dtypes: What each tensor of the base is merged in, and what it is written in.
+        size: Bytes of the result's tensors.
+        check: What the comparison of the base's fingerprint has come to.
+        notes: What else is worth knowing.
+    """
+
+    adapter: StoredAdapter
+    folder: Path
+    skeleton: Skeleton
+    places: dict[str, tuple[Path, str]]
+    dtype: torch.dtype | None
+    layers: int
+    replaced: int
+    dtypes: dict[str, tuple[torch.dtype, torch.dtype]] = field(default_factory=dict)
+    size: int = 0
+    check: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def prepare_merge(
+    checkpoint: str | Path,
+    base: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int, int, str], None] = lambda *_: None,
+) -> Merge:
+    """Find the base of an adapter, and check that they belong together.
+
+    The frozen weights are read once for the fingerprint, one after the other.
+
+    Args:
+        checkpoint: A Lightning checkpoint of `LoRACallback` or a folder in PEFT format.
+        base: Folder or hub name of the base; by default what the adapter names.
+        dtype: Dtype of the result; by default the one of the fit, or that of the base's files where
+            the adapter does not know it.
+        progress: Called with how many tensors are done, of how many, and the next one's name.
+
+    Raises:
+        CheckpointError: The adapter or the base is missing, damaged, or not for the other.
+        ConfigError: A factor is not finite.
+    """
+    adapter = read_stored_adapter(checkpoint)
+    _refuse_loftq(adapter)
+    folder = base_folder(adapter, base)
+    skeleton = build_skeleton(adapter, folder)
+    if not only_renames(skeleton.model):
+        raise CheckpointError(
+            f"The files of {type(skeleton.model).__name__} join or split its parameters, so they "
+            "are not merged one by one. Load the checkpoint in Python (load_lightning_module) and "
+            "use save_pretrained."
+        )
+    record = skeleton.injection
+    factors_are_finite(record, adapter.state)
+    try:
+        own = {name.removeprefix(skeleton.prefix) for name in trained_shapes(record)}
+        places = weight_places(skeleton.model, str(folder), without=own)
+    except NotPlainlyStoredError as error:
+        raise CheckpointError(f"{error} A merge needs safetensors files.") from error
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
+    _refuse_missing(skeleton, places, own, folder)
+    merge = Merge(
+        adapter, folder, skeleton, places, dtype, len(record.plan.targets), len(record.plan.trained)
+    )
+    merge.dtypes = _dtypes(merge, own)
+    merge.check = _check_base(merge, progress)
+    _untie(skeleton)
+    merge.size = sum(
+        tensor.numel() * merge.dtypes[name][1].itemsize for name, tensor in _tensors(skeleton)
+    )
+    if adapter.base.get("quantization"):
+        merge.notes = (
+            f"The adapter was trained on the base in {adapter.base['quantization']['kind']}; it is "
+            "merged into the weights that were quantized, so outputs differ by the error of the "
+            "quantization.",
+        )
+    return merge
+
+
+def write_merge(
+    merge: Merge,
+    output: str | Path,
+    shard: int = DEFAULT_SHARD,
+    progress: Callable[[int, int, str], None] = lambda *_: None,
+) -> list[Path]:
+    """Write a prepared merge as a folder that ``from_pretrained`` loads.
+
+    No more than the tensors of one file are held at a time.
+
+    Args:
+        merge: From `prepare_merge`.
+        output: The folder; replaced as a whole once the new one is complete.
+        shard: The most bytes of a file.
+        progress: As for `prepare_merge`.
+
+    Returns:
+        The files.
+
+    Raises:
+        CheckpointError: The folder cannot be written, or a weight cannot be read; nothing is left.
+    """
+    output, model = Path(output), merge.skeleton.model
+    free = shutil.disk_usage(_existing(output)).free
+    if free < merge.size:
+        raise CheckpointError(
+            f"{output} cannot be written: the merged model takes {merge.size / 1e9:.2f} GB, and "
+            f"{free / 1e9:.2f} GB are free there."
+        )
+    try:
+        with replacing_directory(output) as fresh:
+            write_tensors(_values(merge, progress), fresh, shard)
+            _add_generation_config(model, merge.folder)
+            with untied_config(model):
+                first, _ = next(_base_parameters(merge.skeleton))
+                write_configs(model, fresh, merge.dtypes[first][1])
+            for file in side_files(merge.folder):
+                shutil.copyfile(file, fresh / file.name)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{output} cannot be written: {reason}.") from error
+    return sorted(path for path in output.iterdir() if path.is_file())
+
+
+def side_files(folder: Path) -> list[Path]:
+    """The files of a model's folder that belong to its tokenizer or other preprocessing."""
+    found = {file for pattern in _SIDE_FILES for file in folder.glob(pattern) if file.is_file()}
+    return sorted(found)
+
+
+def _refuse_loftq(adapter: StoredAdapter) -> None:
+    if adapter.config.init == "loftq":
+        raise CheckpointError(
+            f"{adapter.path} was trained with init='loftq': its factors began as the error of the "
+            "quantization, which merging into the original weights would add to them. Merge it in "
+            "Python, into the dequantized base (load_lightning_module)."
+        )
+
+
+def _refuse_missing(
+    skeleton: Skeleton, places: dict[str, tuple[Path, str]], own: set[str], folder: Path
+) -> None:
+    missing = [
+        name
+        for name, parameter in _base_parameters(skeleton)
+        if name not in places and name not in own
+    ]
+    if missing:
+        raise CheckpointError(
+            f"{folder} and the adapter hold no {listed(missing, limit=3)} of "
+            f"{type(skeleton.model).__name__}. Give --base with the model that it was trained on; "
+            "weights that were new and did not train are kept nowhere."
+        )
+
+
+def _base_parameters(skeleton: Skeleton) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters without the factors, each once, by the model's own names."""
+    for name, parameter in skeleton.model.named_parameters():
+        if ".lora." not in f".{name}":
+            yield clean_name(name), parameter
+
+
+def _tensors(skeleton: Skeleton) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers, by the model's own names."""
+    yield from _base_parameters(skeleton)
+    yield from persistent_buffers(skeleton.model).items()
+
+
+def _dtypes(merge: Merge, own: set[str]) -> dict[str, tuple[torch.dtype, torch.dtype]]:
+    """What each tensor is merged in, and what it is written in; under all names that it has."""
+    skeleton = merge.skeleton
+    found: dict[int, tuple[torch.dtype, torch.dtype]] = {}
+    names = {}
+    for name, parameter in skeleton.model.named_parameters(remove_duplicate=False):
+        name = clean_name(name)
+        if ".lora." in f".{name}":
+            continue
+        if id(parameter) not in found:
+            fitted = skeleton.dtypes.get(name, skeleton.dtype)
+            if fitted is None and name in own:
+                fitted = merge.adapter.state[skeleton.prefix + name].dtype
+            elif fitted is None:
+                fitted = _stored_dtype(*merge.places[name])
+                if merge.dtype is not None:
+                    # Rounded once, at the end.
+                    fitted = torch.promote_types(fitted, merge.dtype)
+            found[id(parameter)] = fitted, merge.dtype or fitted
+        names[name] = found[id(parameter)]
+    for name, buffer in persistent_buffers(skeleton.model).items():
+        names[name] = buffer.dtype, buffer.dtype
+    return names
+
+
+def _stored_dtype(file: Path, key: str) -> torch.dtype:
+    with safe_open(file, "pt") as opened:
+        return _SAFETENSORS_DTYPES.get(opened.get_slice(key).get_dtype(), torch.float32)
+
+
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+def _read(merge: Merge, name: str) -> Tensor:
+    """A weight of the base in the dtype that it is merged in."""
+    with ExitStack() as files:
+        stored = StoredTensors(merge.places, files)[name]
+        # A copy in any case: the file is closed, so that its pages do not pile up.
+        return stored.to(merge.dtypes[name][0], copy=True)
+
+
+def _check_base(merge: Merge, progress: Callable[[int, int, str], None]) -> str:
+    """Compare the fingerprint of the base's files with that of the checkpoint.
+
+    Raises:
+        CheckpointError: They differ.
+    """
+    said, skeleton = merge.adapter.base, merge.skeleton
+    wanted = said.get("fingerprint")
+    if wanted is None:
+        return "not checked: PEFT's format records no fingerprint of the base"
+    quantization = said.get("quantization")
+    left_out: set[str] = set()
+    if quantization:
+        wanted = quantization["rest"]
+        left_out = {
+            f"{name.removeprefix(skeleton.prefix)}.weight" for name in quantization["layers"]
+        }
+    trained = {name.removeprefix(skeleton.prefix) for name in trained_shapes(skeleton.injection)}
+    frozen = [
+        name
+        for name, _ in _base_parameters(skeleton)
+        if name not in trained and name not in left_out
+    ]
+
+    def values() -> Iterator[Tensor]:
+        for number, name in enumerate(frozen):
+            progress(number, len(frozen), name)
+            yield _read(merge, name)
+
+    if fingerprint(values()) != wanted:
+        raise CheckpointError(
+            f"{merge.adapter.path} was trained on another base than {merge.folder} (fingerprint "
+            f"{str(wanted)[:12]} of {said['name_or_path']}, {said['parameters']:,} parameters). "
+            "Give --base with the weights that it was trained on."
+        )
+    return "the same, what is not quantized in it" if quantization else "the same"
+
+
+def _untie(skeleton: Skeleton) -> None:
+    """Part the weights that a merge changes in one of the modules that share them."""
+    record, modules = skeleton.injection, modules_by_name(skeleton.root)
+    shared = shared_parameters(skeleton.root, record)
+    for target in record.plan.targets:
+        module = modules[target.name]
+        for leaf in target.weights:
+            weight = module._parameters[leaf]
+            assert weight is not None
+            if target.tied_to is not None:
+                module._parameters[leaf] = modules[target.tied_to]._parameters[leaf]
+            elif id(weight) in shared:
+                module._parameters[leaf] = nn.Parameter(weight.detach().clone(), False)
+
+
+def _values(
+    merge: Merge, progress: Callable[[int, int, str], None]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the merged model, in the order of its parameters."""
+    skeleton, state = merge.skeleton, merge.adapter.state
+    modules = modules_by_name(skeleton.root)
+    adapted: dict[int, tuple[Target, str]] = {
+        id(modules[target.name]._parameters[leaf]): (target, leaf)
+        for target in skeleton.injection.plan.targets
+        if target.tied_to is None
+        for leaf in target.weights
+    }
+    tensors = list(_tensors(skeleton))
+    merged: dict[tuple[str, str], Tensor] = {}
+    for number, (name, tensor) in enumerate(tensors):
+        progress(number, len(tensors), name)
+        own = state.get(skeleton.prefix + name)
+        if own is not None:
+            value = own
+        elif id(tensor) in adapted:
+            target, leaf = adapted[id(tensor)]
+            if (target.name, leaf) not in merged:
+                merged |= _merged_layer(merge, target, modules[target.name])
+            value = merged.pop((target.name, leaf))
+        elif tensor.is_meta:
+            value = _read(merge, name)
+        else:
+            value = tensor
+        (stored,) = stored_names(skeleton.model, [name])
+        yield stored, value.to(merge.dtypes[name][1])
+
+
+@torch.no_grad()
+def _merged_layer(merge: Merge, target: Target, module: Any) -> dict[tuple[str, str], Tensor]:
+    """The weights of an adapted layer with its update, by the layer's name and theirs."""
+    assert isinstance(module, LoRALayer)
+    skeleton, record = merge.skeleton, merge.skeleton.injection
+    own = target.name.removeprefix(skeleton.prefix)
+    kept, factors = dict(module._parameters), dict(module.lora._parameters)
+    try:
+        for leaf in target.weights:
+            module._parameters[leaf] = nn.Parameter(_read(merge, f"{own}.{leaf}"), False)
+        for leaf in factors:
+            value = merge.adapter.state[f"{target.name}.lora.{leaf}"]
+            module.lora._parameters[leaf] = nn.Parameter(value, False)
+        merge_layer(module, target, record)
+        return {(target.name, leaf): getattr(module, leaf).detach() for leaf in target.weights}
+    finally:
+        module._parameters.update(kept)
+        module.lora._parameters.update(factors)
+        record.base_weights.clear()
+
+
+def _add_generation_config(model: Any, folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def merge_on_disk(
+    checkpoint: str | Path, output: str | Path, base: str | Path | None = None, **options: Any
+) -> list[Path]:
+    """`prepare_merge` and `write_merge` in one."""
+    return write_merge(prepare_merge(checkpoint, base, **options), output)

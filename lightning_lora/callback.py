@@ -217,7 +217,13 @@ class LoRACallback(Callback):
 
                 rich.print(self.merge_report)
         if stage == "fit" and self.export_dir is not None:
-            self.exported = export_model(pl_module, Path(self.export_dir), trainer, self._sharding)
+            self.exported = export_model(
+                pl_module,
+                Path(self.export_dir),
+                trainer,
+                self._sharding,
+                best=self.merge_from == "best",
+            )
         trainer.strategy.barrier("LoRACallback.teardown")
 
     @override

@@ -25,6 +25,7 @@ _COMMANDS = {
     "diff": ("cli_inspect", "run_diff"),
     "analyze": ("cli_analyze", "run_analyze"),
     "merge": ("cli_merge", "run_merge"),
+    "export": ("cli_export", "run_export"),
 }
 _KNOWN = (*SUBCOMMANDS, PLAN, *_COMMANDS)
 
@@ -36,6 +37,7 @@ usage: lightning-lora {{fit,validate,test,predict}} --config CONFIG [--KEY VALUE
        lightning-lora diff CKPT CKPT [--json]
        lightning-lora analyze CKPT [CKPT ...] [--base FOLDER] [--output FOLDER] [--json]
        lightning-lora merge CKPT --output DIR [--base FOLDER_OR_NAME] [--dtype DTYPE] [--json]
+       lightning-lora export CKPT DIR [--json]
 
 Fine-tune a model with LoRA, score it, and predict with it.
 
@@ -49,6 +51,7 @@ Fine-tune a model with LoRA, score it, and predict with it.
   diff      say what differs between two adapter checkpoints
   analyze   compare what adapters have learned, with each other and with the base's weights
   merge     write base and adapter as one model, a layer at a time
+  export    write the adapter in PEFT's format, with a model card
 
   --config CONFIG     a YAML file, or the name of a config in the package
   --KEY VALUE         overrides a key of the config: --lora.r 16 --trainer.max_epochs 5

@@ -19,6 +19,7 @@ from lightning_lora.errors import CheckpointError
 from lightning_lora.files import replacing_directory
 from lightning_lora.injection import require_injection
 from lightning_lora.interop import write_adapter
+from lightning_lora.model_card import data_settings, training_settings
 from lightning_lora.model_record import hugging_face_part
 from lightning_lora.names import modules_by_name
 from lightning_lora.state import adapter_state_dict
@@ -26,7 +27,11 @@ from lightning_lora.strategies import Replicated, write_tensors
 
 
 def export_model(
-    module: LightningModule, directory: Path, trainer: Trainer, sharding: Replicated
+    module: LightningModule,
+    directory: Path,
+    trainer: Trainer,
+    sharding: Replicated,
+    best: bool = False,
 ) -> dict[str, Path]:
     """Write ``merged`` and ``adapter`` below a folder.
 
@@ -40,6 +45,7 @@ def export_model(
         directory: The folder that holds both.
         trainer: The Trainer that has it.
         sharding: How the model lies over the processes.
+        best: Whether the module holds the weights of the best checkpoint, not the last ones.
 
     Returns:
         The folders by what they hold; on rank 0. An adapter that PEFT cannot express is left out
@@ -54,7 +60,9 @@ def export_model(
         return {}
     exported = {}
     try:
-        exported["adapter"] = write_adapter(module, directory / "adapter", part or "", state)
+        exported["adapter"] = write_adapter(
+            module, directory / "adapter", part or "", state, **_facts_of(module, trainer, best)
+        )
     except CheckpointError as error:
         # At the end of a fit, one export that cannot be must not cost the other.
         rank_zero_warn(f"The adapter was not exported: {error}")
@@ -117,6 +125,25 @@ def is_stored_otherwise(model: Any) -> bool:
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     return bool(get_model_conversion_mapping(model, add_legacy=False))
+
+
+def _facts_of(module: LightningModule, trainer: Trainer, best: bool) -> dict[str, Any]:
+    """What the model card says of the fit."""
+    data: Any = getattr(trainer, "datamodule", None)
+    checkpoint: Any = trainer.checkpoint_callback
+    score = getattr(checkpoint, "best_model_score", None)
+    if best:
+        scores = {} if score is None else {checkpoint.monitor: float(score)}
+    else:
+        scores = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val")}
+    return {
+        "training": training_settings(dict(module.hparams)),
+        "data": data_settings(
+            {} if data is None else {"class": type(data).__name__, **data.hparams}
+        ),
+        "scores": scores,
+        "position": {} if best else {"global_step": trainer.global_step},
+    }
 
 
 def only_renames(model: Any) -> bool:

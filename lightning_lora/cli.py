@@ -26,6 +26,7 @@ _COMMANDS = {
     "analyze": ("cli_analyze", "run_analyze"),
     "merge": ("cli_merge", "run_merge"),
     "export": ("cli_export", "run_export"),
+    "convert": ("cli_export", "run_convert"),
 }
 _KNOWN = (*SUBCOMMANDS, PLAN, *_COMMANDS)
 
@@ -38,6 +39,7 @@ usage: lightning-lora {{fit,validate,test,predict}} --config CONFIG [--KEY VALUE
        lightning-lora analyze CKPT [CKPT ...] [--base FOLDER] [--output FOLDER] [--json]
        lightning-lora merge CKPT --output DIR [--base FOLDER_OR_NAME] [--dtype DTYPE] [--json]
        lightning-lora export CKPT DIR [--json]
+       lightning-lora convert SRC DST [--base FOLDER_OR_NAME] [--alpha N] [--json]
 
 Fine-tune a model with LoRA, score it, and predict with it.
 
@@ -52,6 +54,7 @@ Fine-tune a model with LoRA, score it, and predict with it.
   analyze   compare what adapters have learned, with each other and with the base's weights
   merge     write base and adapter as one model, a layer at a time
   export    write the adapter in PEFT's format, with a model card
+  convert   make a checkpoint of an adapter that other code wrote
 
   --config CONFIG     a YAML file, or the name of a config in the package
   --KEY VALUE         overrides a key of the config: --lora.r 16 --trainer.max_epochs 5

@@ -8,7 +8,7 @@ live model, and the result goes to the file that is being filled.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -281,6 +281,30 @@ def _check_base(merge: Merge, progress: Callable[[int, int, str], None]) -> str:
         left_out = {
             f"{name.removeprefix(skeleton.prefix)}.weight" for name in quantization["layers"]
         }
+    found = fingerprint_of_files(skeleton, lambda name: _read(merge, name), left_out, progress)
+    if found != wanted:
+        raise CheckpointError(
+            f"{merge.adapter.path} was trained on another base than {merge.folder} (fingerprint "
+            f"{str(wanted)[:12]} of {said['name_or_path']}, {said['parameters']:,} parameters). "
+            "Give --base with the weights that it was trained on."
+        )
+    return "the same, what is not quantized in it" if quantization else "the same"
+
+
+def fingerprint_of_files(
+    skeleton: Skeleton,
+    read: Callable[[str], Tensor],
+    left_out: Collection[str] = (),
+    progress: Callable[[int, int, str], None] = lambda *_: None,
+) -> str:
+    """The fingerprint of a frozen base whose weights are read one after the other.
+
+    Args:
+        skeleton: The model.
+        read: Gives a weight by the model's own name of it.
+        left_out: Names of weights that do not count.
+        progress: As for `prepare_merge`.
+    """
     trained = {name.removeprefix(skeleton.prefix) for name in trained_shapes(skeleton.injection)}
     frozen = [
         name
@@ -291,15 +315,9 @@ def _check_base(merge: Merge, progress: Callable[[int, int, str], None]) -> str:
     def values() -> Iterator[Tensor]:
         for number, name in enumerate(frozen):
             progress(number, len(frozen), name)
-            yield _read(merge, name)
+            yield read(name)
 
-    if fingerprint(values()) != wanted:
-        raise CheckpointError(
-            f"{merge.adapter.path} was trained on another base than {merge.folder} (fingerprint "
-            f"{str(wanted)[:12]} of {said['name_or_path']}, {said['parameters']:,} parameters). "
-            "Give --base with the weights that it was trained on."
-        )
-    return "the same, what is not quantized in it" if quantization else "the same"
+    return fingerprint(values())
 
 
 def _untie(skeleton: Skeleton) -> None:

@@ -64,13 +64,16 @@ class Skeleton:
         return require_injection(self.root)
 
 
-def build_skeleton(adapter: StoredAdapter, folder: Path | None = None) -> Skeleton:
+def build_skeleton(
+    adapter: StoredAdapter, folder: Path | None = None, class_name: str | None = None
+) -> Skeleton:
     """Build the adapted model without weights.
 
     Args:
         adapter: The adapter.
         folder: The folder of the base, whose config says what the adapter does not; needed for an
             adapter without a record of its model.
+        class_name: The model's class in `transformers`, where the adapter does not record it.
 
     Raises:
         CheckpointError: The class is not known, or the adapter does not fit the model.
@@ -90,7 +93,7 @@ def build_skeleton(adapter: StoredAdapter, folder: Path | None = None) -> Skelet
                 f"{adapter.path} adapts no Hugging Face model, or trains something outside of it. "
                 f"{_IN_PYTHON}"
             )
-        model_class, config = _from_folder(adapter, folder)
+        model_class, config = class_and_config(adapter, folder, class_name)
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(
             f"The base {folder} holds quantized weights. Give --base with the weights that they "
@@ -98,7 +101,8 @@ def build_skeleton(adapter: StoredAdapter, folder: Path | None = None) -> Skelet
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        options = {} if dtype is None else {"dtype": dtype}
+        built_in = dtype or getattr(config, "dtype", None)
+        options = {} if built_in is None else {"dtype": built_in}
         model = model_on_meta(model_class, config, **options)
     part = record["part"] if record is not None else _part_of(adapter, model)
     root = _around(model, part)
@@ -144,29 +148,36 @@ def _from_record(model_class: Any, record: Mapping[str, Any], adapter: StoredAda
     return config
 
 
-def _from_folder(adapter: StoredAdapter, folder: Path) -> tuple[Any, Any]:
-    """Class and config by what the base's folder and PEFT's task type say."""
+def class_and_config(
+    adapter: StoredAdapter, folder: Path, class_name: str | None = None
+) -> tuple[Any, Any]:
+    """Class and config of a model by what the base's folder and PEFT's task type say.
+
+    Args:
+        adapter: The adapter; of a classifier its head says how many classes there are.
+        folder: The base's folder.
+        class_name: The class, where it is known.
+
+    Raises:
+        CheckpointError: The config cannot be read, or no class is named.
+    """
     import transformers
 
-    task = _AUTO_CLASSES.get(str(adapter.peft.get("task_type")))
-    options: dict[str, Any] = {}
-    if adapter.peft.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):
-        rows = _rows_of_head(adapter.state)
-        if rows is not None:
-            options["num_labels"] = rows
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, **options)
+        config = transformers.AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"The config of the base {folder} cannot be read: {error}") from error
     config._name_or_path = adapter.base_name or str(folder)
-    if task is not None:
-        return getattr(transformers, task), config
-    named = (config.architectures or [None])[0]
+    named = class_name or _AUTO_CLASSES.get(str(adapter.peft.get("task_type")))
+    named = named or (config.architectures or [None])[0]
     if named is None:
         raise CheckpointError(
             f"Neither {adapter.path} nor the base's config.json says which model class it is. "
             f"{_IN_PYTHON}"
         )
+    rows = _rows_of_head(adapter.state)
+    if rows is not None and named.endswith("Classification"):
+        config.num_labels = rows
     return _class_named(named, adapter), config
 
 

@@ -38,6 +38,7 @@ from lightning_lora.plan import Plan
 from lightning_lora.quantization import quantize_pending
 from lightning_lora.quantized_merging import MergeReport, check_merge_base, merging_into
 from lightning_lora.resume import ExactResume
+from lightning_lora.starting import starting_state
 from lightning_lora.state import (
     METADATA_KEY,
     audit_metadata,
@@ -77,6 +78,8 @@ class LoRACallback(Callback):
         use_rslora: Scale by ``alpha / sqrt(r)``.
         use_dora: Not available yet.
         init: ``"kaiming"``, ``"gaussian"``, or ``"loftq"`` for a quantized base.
+        init_from: A checkpoint, or a folder in PEFT format, whose factors and trained weights the
+            first fit starts from; one that resumes a checkpoint starts from that.
         merge_on_fit_end: Merge when a fit ends.
         merge_from: Merge the ``"last"`` weights, or those of the ``"best"`` checkpoint.
         merge_base: What a quantized base is replaced by while it is merged: ``"dequantized"``
@@ -127,6 +130,7 @@ class LoRACallback(Callback):
         use_rslora: bool = False,
         use_dora: bool = False,
         init: str = "kaiming",
+        init_from: str | None = None,
         merge_on_fit_end: bool = True,
         merge_from: str = "last",
         merge_base: str = "dequantized",
@@ -156,6 +160,7 @@ class LoRACallback(Callback):
             raise ConfigError(f"merge_from must be 'last' or 'best', got {merge_from!r}")
         self.frozen_dtype = check_dtype(frozen_dtype)
         self.merge_base = check_merge_base(merge_base)
+        self.init_from = init_from
         self.merge_on_fit_end = merge_on_fit_end
         self.merge_from = merge_from
         self.export_dir = export_dir
@@ -168,6 +173,8 @@ class LoRACallback(Callback):
         self._sharding: Replicated
         self._trainer: Trainer | None = None
         self._fitted = False
+        # Whether the factors are still those that the injection has drawn.
+        self._is_fresh = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -192,6 +199,10 @@ class LoRACallback(Callback):
         # Sync-BatchNorm conversion and precision plugins replace modules or flags on the way here.
         freeze(pl_module, self.plan)
         check_optimizers(trainer, pl_module)
+        if self.init_from is not None and self._is_fresh and trainer.ckpt_path is None:
+            state = starting_state(pl_module, self.init_from)
+            self._sharding.load_state(pl_module, state, self.init_from)
+        self._is_fresh = False
         if self.merge_from == "best":
             check_best_checkpoint(trainer)
         if self.export_dir is not None:
@@ -245,6 +256,7 @@ class LoRACallback(Callback):
             dtype = quantize(model, strategy.precision_plugin, self.config)
             quantize_pending(model, strategy.root_device)
             self.plan = inject_lora(model, self.config, seed=self._seed(strategy))
+            self._is_fresh = True
             record = require_injection(model)
             record.merge_base, record.merge_dtype = self.merge_base, dtype
             # Now, while the base is in its own precision and nothing has been trained.

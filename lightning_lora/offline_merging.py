@@ -377,7 +377,7 @@ def _merged_layer(merge: Merge, target: Target, module: Any) -> dict[tuple[str, 
     try:
         for leaf in target.weights:
             module._parameters[leaf] = nn.Parameter(_read(merge, f"{own}.{leaf}"), False)
-        for leaf in factors:
+        for leaf in (leaf for leaf, factor in factors.items() if factor is not None):
             value = merge.adapter.state[f"{target.name}.lora.{leaf}"]
             module.lora._parameters[leaf] = nn.Parameter(value, False)
         merge_layer(module, target, record)

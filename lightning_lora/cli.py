@@ -27,6 +27,7 @@ _COMMANDS = {
     "merge": ("cli_merge", "run_merge"),
     "export": ("cli_export", "run_export"),
     "convert": ("cli_export", "run_convert"),
+    "push": ("cli_push", "run_push"),
 }
 _KNOWN = (*SUBCOMMANDS, PLAN, *_COMMANDS)
 
@@ -40,6 +41,7 @@ usage: lightning-lora {{fit,validate,test,predict}} --config CONFIG [--KEY VALUE
        lightning-lora merge CKPT --output DIR [--base FOLDER_OR_NAME] [--dtype DTYPE] [--json]
        lightning-lora export CKPT DIR [--json]
        lightning-lora convert SRC DST [--base FOLDER_OR_NAME] [--alpha N] [--json]
+       lightning-lora push DIR NAME [--private] [--json]
 
 Fine-tune a model with LoRA, score it, and predict with it.
 
@@ -55,6 +57,7 @@ Fine-tune a model with LoRA, score it, and predict with it.
   merge     write base and adapter as one model, a layer at a time
   export    write the adapter in PEFT's format, with a model card
   convert   make a checkpoint of an adapter that other code wrote
+  push      upload an adapter or a merged model to the Hugging Face hub
 
   --config CONFIG     a YAML file, or the name of a config in the package
   --KEY VALUE         overrides a key of the config: --lora.r 16 --trainer.max_epochs 5

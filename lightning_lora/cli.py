@@ -28,6 +28,7 @@ _COMMANDS = {
     "export": ("cli_export", "run_export"),
     "convert": ("cli_export", "run_convert"),
     "push": ("cli_push", "run_push"),
+    "sweep": ("cli_sweep", "run_sweep"),
 }
 _KNOWN = (*SUBCOMMANDS, PLAN, *_COMMANDS)
 
@@ -42,6 +43,7 @@ usage: lightning-lora {{fit,validate,test,predict}} --config CONFIG [--KEY VALUE
        lightning-lora export CKPT DIR [--json]
        lightning-lora convert SRC DST [--base FOLDER_OR_NAME] [--alpha N] [--json]
        lightning-lora push DIR NAME [--private] [--json]
+       lightning-lora sweep --config CONFIG --KEY V,V [--seeds N,N] [--baselines NAME,NAME] [--json]
 
 Fine-tune a model with LoRA, score it, and predict with it.
 
@@ -58,6 +60,7 @@ Fine-tune a model with LoRA, score it, and predict with it.
   export    write the adapter in PEFT's format, with a model card
   convert   make a checkpoint of an adapter that other code wrote
   push      upload an adapter or a merged model to the Hugging Face hub
+  sweep     fit every combination of settings and seeds, and compare the scores
 
   --config CONFIG     a YAML file, or the name of a config in the package
   --KEY VALUE         overrides a key of the config: --lora.r 16 --trainer.max_epochs 5

@@ -34,8 +34,8 @@ trains the task's head, bitfit the head and all biases, full the whole model.
 Written to the output folder: sweep.csv (a line a run), sweep.json, sweep.md, sweep.png (score over
 trained parameters), and a folder for each run with its log. Runs that are finished are not carried
 out again, and one that was interrupted goes on from its last checkpoint: run the same command once
-more. A run that failed stands in the table, and is tried again. Of a finished run the best checkpoint
-stays.
+more. A run that failed stands in the table, and is tried again. Of a finished run the best
+checkpoint stays.
 
 Try:  lightning-lora sweep --config quickstart --lora.r 1,4,16 --seeds 1,2 \\
           --baselines linear_probe,bitfit --trainer.max_epochs 2

@@ -112,6 +112,7 @@ def prepare_merge(
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
     _refuse_missing(skeleton, places, own, folder)
+    _refuse_unplaced(skeleton, adapter)
     merge = Merge(
         adapter, folder, skeleton, places, dtype, len(record.plan.targets), len(record.plan.trained)
     )
@@ -202,6 +203,23 @@ def _refuse_missing(
             f"{folder} and the adapter hold no {listed(missing, limit=3)} of "
             f"{type(skeleton.model).__name__}. Give --base with the model that it was trained on; "
             "weights that were new and did not train are kept nowhere."
+        )
+
+
+def _refuse_unplaced(skeleton: Skeleton, adapter: StoredAdapter) -> None:
+    """Nothing that was trained may be left out without a word."""
+    modules = modules_by_name(skeleton.root)
+    factors = {
+        f"{target.name}.lora.{leaf}"
+        for target in skeleton.injection.plan.targets
+        for leaf, _ in modules[target.name].get_submodule("lora").named_parameters()
+    }
+    own = {skeleton.prefix + name for name, _ in _tensors(skeleton)}
+    unplaced = [name for name in adapter.state if name not in own | factors]
+    if unplaced:
+        raise CheckpointError(
+            f"{adapter.path} holds what is not merged on disk: {listed(unplaced, limit=3)}. Merge "
+            "it in Python (load_lightning_module)."
         )
 
 

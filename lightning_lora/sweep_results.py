@@ -202,6 +202,7 @@ def draw_sweep(rows: Sequence[Row], metric: str, path: Path) -> None:
             markersize=6 if is_lora else 9,
             capsize=3,
             linewidth=1.4,
+            elinewidth=0.8,
             label=label,
         )
         for row in ordered if is_lora else ():

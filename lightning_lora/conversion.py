@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.base_on_disk import fingerprint_of_files
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, ConfigError, LightningLoRAError
 from lightning_lora.files import replacing_file
 from lightning_lora.foreign import ForeignAdapter, common_rank, read_foreign
 from lightning_lora.names import corresponding, listed, modules_by_name
-from lightning_lora.offline_merging import fingerprint_of_files
 from lightning_lora.plan import Plan
 from lightning_lora.pretrained import StoredTensors, model_on_meta, weight_places
 from lightning_lora.skeleton import Skeleton, build_skeleton, class_and_config

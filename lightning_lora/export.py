@@ -104,7 +104,7 @@ def _write(
             write_tensors(tensors, folder)
         return
     model: Any = modules_by_name(module)[part]
-    with untied_config(model), _without_progress_bar():
+    with untied_config(model), without_progress_bar():
         if tensors is None:
             model.save_pretrained(folder)
         elif is_stored_otherwise(model):
@@ -207,7 +207,8 @@ def _part_of(module: nn.Module) -> str | None:
 
 
 @contextmanager
-def _without_progress_bar() -> Iterator[None]:
+def without_progress_bar() -> Iterator[None]:
+    """Keep `transformers` from drawing its progress bars."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from lightning_lora.base_on_disk import side_files
 from lightning_lora.errors import CheckpointError
 from lightning_lora.interop import write_adapter
 from lightning_lora.model_card import facts_of_run
-from lightning_lora.offline_merging import side_files
 from lightning_lora.peft_format import to_peft_config, to_peft_tensors
 from lightning_lora.skeleton import Skeleton, build_skeleton
 from lightning_lora.stored import StoredAdapter, base_folder, read_stored_adapter

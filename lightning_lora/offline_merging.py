@@ -8,35 +8,38 @@ live model, and the result goes to the file that is being filled.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from lightning_lora.base_on_disk import (
+    base_parameters,
+    base_tensors,
+    fingerprint_of_files,
+    merged_dtypes,
+    read_as,
+    side_files,
+)
 from lightning_lora.errors import CheckpointError, ConfigError
 from lightning_lora.export import only_renames, stored_names, untied_config, write_configs
 from lightning_lora.files import replacing_directory
-from lightning_lora.fingerprint import fingerprint
 from lightning_lora.layers import LoRALayer
 from lightning_lora.merging import factors_are_finite, merge_layer, shared_parameters
-from lightning_lora.names import clean_name, listed, modules_by_name, persistent_buffers
+from lightning_lora.names import listed, modules_by_name
 from lightning_lora.plan import Target
-from lightning_lora.pretrained import NotPlainlyStoredError, StoredTensors, weight_places
+from lightning_lora.pretrained import NotPlainlyStoredError, weight_places
 from lightning_lora.skeleton import Skeleton, build_skeleton
 from lightning_lora.state import trained_shapes
 from lightning_lora.stored import StoredAdapter, base_folder, read_stored_adapter
 from lightning_lora.strategies import write_tensors
+from lightning_lora.whole_merging import load_whole, save_whole
 
-# What belongs to a model beside its weights and configs, in the base's folder.
-_SIDE_FILES = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
-    *("*.model", "*.tiktoken", "*.jinja", "*preprocessor_config.json", "processor_config.json"),
-)
+_UNKNOWN = "not checked: PEFT's format records no fingerprint of the base"
 DEFAULT_SHARD = 5 * 10**9
 
 
@@ -52,6 +55,7 @@ class Merge:
         dtype: Dtype of the result where it was asked for.
         layers: How many layers are merged.
         replaced: How many tensors of the base the adapter's own take the place of.
+        live: The loaded model, of an architecture that is not merged layer by layer.
         dtypes: What each tensor of the base is merged in, and what it is written in.
         size: Bytes of the result's tensors.
         check: What the comparison of the base's fingerprint has come to.
@@ -65,6 +69,7 @@ class Merge:
     dtype: torch.dtype | None
     layers: int
     replaced: int
+    live: nn.Module | None = None
     dtypes: dict[str, tuple[torch.dtype, torch.dtype]] = field(default_factory=dict)
     size: int = 0
     check: str = ""
@@ -96,14 +101,10 @@ def prepare_merge(
     _refuse_loftq(adapter)
     folder = base_folder(adapter, base)
     skeleton = build_skeleton(adapter, folder)
-    if not only_renames(skeleton.model):
-        raise CheckpointError(
-            f"The files of {type(skeleton.model).__name__} join or split its parameters, so they "
-            "are not merged one by one. Load the checkpoint in Python (load_lightning_module) and "
-            "use save_pretrained."
-        )
     record = skeleton.injection
     factors_are_finite(record, adapter.state)
+    if not only_renames(skeleton.model):
+        return _prepare_whole(adapter, folder, skeleton, dtype)
     try:
         own = {name.removeprefix(skeleton.prefix) for name in trained_shapes(record)}
         places = weight_places(skeleton.model, str(folder), without=own)
@@ -116,11 +117,11 @@ def prepare_merge(
     merge = Merge(
         adapter, folder, skeleton, places, dtype, len(record.plan.targets), len(record.plan.trained)
     )
-    merge.dtypes = _dtypes(merge, own)
+    merge.dtypes = merged_dtypes(skeleton, adapter.state, places, dtype)
     merge.check = _check_base(merge, progress)
     _untie(skeleton)
     merge.size = sum(
-        tensor.numel() * merge.dtypes[name][1].itemsize for name, tensor in _tensors(skeleton)
+        tensor.numel() * merge.dtypes[name][1].itemsize for name, tensor in base_tensors(skeleton)
     )
     if adapter.base.get("quantization"):
         merge.notes = (
@@ -128,6 +129,23 @@ def prepare_merge(
             "merged into the weights that were quantized, so outputs differ by the error of the "
             "quantization.",
         )
+    return merge
+
+
+def _prepare_whole(
+    adapter: StoredAdapter, folder: Path, skeleton: Skeleton, dtype: torch.dtype | None
+) -> Merge:
+    root, plan = load_whole(adapter, skeleton, folder, dtype), skeleton.injection.plan
+    merge = Merge(adapter, folder, skeleton, {}, dtype, len(plan.targets), len(plan.trained), root)
+    loaded = replace(skeleton, root=root, model=root.get_submodule(skeleton.part))
+    tensors = dict(base_tensors(loaded))
+    merge.dtypes = {name: (tensor.dtype, dtype or tensor.dtype) for name, tensor in tensors.items()}
+    merge.size = sum(t.numel() * merge.dtypes[name][1].itemsize for name, t in tensors.items())
+    merge.check = "the same" if adapter.base else _UNKNOWN
+    merge.notes = (
+        f"The files of {type(skeleton.model).__name__} join or split its parameters: the whole "
+        "model is in memory.",
+    )
     return merge
 
 
@@ -139,7 +157,7 @@ def write_merge(
 ) -> list[Path]:
     """Write a prepared merge as a folder that ``from_pretrained`` loads.
 
-    No more than the tensors of one file are held at a time.
+    No more than the tensors of one file are held at a time, but for models that are loaded whole.
 
     Args:
         merge: From `prepare_merge`.
@@ -153,7 +171,7 @@ def write_merge(
     Raises:
         CheckpointError: The folder cannot be written, or a weight cannot be read; nothing is left.
     """
-    output, model = Path(output), merge.skeleton.model
+    output = Path(output)
     free = shutil.disk_usage(_existing(output)).free
     if free < merge.size:
         raise CheckpointError(
@@ -162,23 +180,16 @@ def write_merge(
         )
     try:
         with replacing_directory(output) as fresh:
-            write_tensors(_values(merge, progress), fresh, shard)
-            _add_generation_config(model, merge.folder)
-            with untied_config(model):
-                first, _ = next(_base_parameters(merge.skeleton))
-                write_configs(model, fresh, merge.dtypes[first][1])
+            if merge.live is not None:
+                save_whole(merge.live, merge.skeleton.part, fresh, shard, merge.dtype)
+            else:
+                _write_layers(merge, fresh, shard, progress)
             for file in side_files(merge.folder):
                 shutil.copyfile(file, fresh / file.name)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{output} cannot be written: {reason}.") from error
     return sorted(path for path in output.iterdir() if path.is_file())
-
-
-def side_files(folder: Path) -> list[Path]:
-    """The files of a model's folder that belong to its tokenizer or other preprocessing."""
-    found = {file for pattern in _SIDE_FILES for file in folder.glob(pattern) if file.is_file()}
-    return sorted(found)
 
 
 def _refuse_loftq(adapter: StoredAdapter) -> None:
@@ -195,7 +206,7 @@ def _refuse_missing(
 ) -> None:
     missing = [
         name
-        for name, parameter in _base_parameters(skeleton)
+        for name, parameter in base_parameters(skeleton)
         if name not in places and name not in own
     ]
     if missing:
@@ -214,7 +225,7 @@ def _refuse_unplaced(skeleton: Skeleton, adapter: StoredAdapter) -> None:
         for target in skeleton.injection.plan.targets
         for leaf, _ in modules[target.name].get_submodule("lora").named_parameters()
     }
-    own = {skeleton.prefix + name for name, _ in _tensors(skeleton)}
+    own = {skeleton.prefix + name for name, _ in base_tensors(skeleton)}
     unplaced = [name for name in adapter.state if name not in own | factors]
     if unplaced:
         raise CheckpointError(
@@ -223,63 +234,9 @@ def _refuse_unplaced(skeleton: Skeleton, adapter: StoredAdapter) -> None:
         )
 
 
-def _base_parameters(skeleton: Skeleton) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters without the factors, each once, by the model's own names."""
-    for name, parameter in skeleton.model.named_parameters():
-        if ".lora." not in f".{name}":
-            yield clean_name(name), parameter
-
-
-def _tensors(skeleton: Skeleton) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers, by the model's own names."""
-    yield from _base_parameters(skeleton)
-    yield from persistent_buffers(skeleton.model).items()
-
-
-def _dtypes(merge: Merge, own: set[str]) -> dict[str, tuple[torch.dtype, torch.dtype]]:
-    """What each tensor is merged in, and what it is written in; under all names that it has."""
-    skeleton = merge.skeleton
-    found: dict[int, tuple[torch.dtype, torch.dtype]] = {}
-    names = {}
-    for name, parameter in skeleton.model.named_parameters(remove_duplicate=False):
-        name = clean_name(name)
-        if ".lora." in f".{name}":
-            continue
-        if id(parameter) not in found:
-            fitted = skeleton.dtypes.get(name, skeleton.dtype)
-            if fitted is None and name in own:
-                fitted = merge.adapter.state[skeleton.prefix + name].dtype
-            elif fitted is None:
-                fitted = _stored_dtype(*merge.places[name])
-                if merge.dtype is not None:
-                    # Rounded once, at the end.
-                    fitted = torch.promote_types(fitted, merge.dtype)
-            found[id(parameter)] = fitted, merge.dtype or fitted
-        names[name] = found[id(parameter)]
-    for name, buffer in persistent_buffers(skeleton.model).items():
-        names[name] = buffer.dtype, buffer.dtype
-    return names
-
-
-def _stored_dtype(file: Path, key: str) -> torch.dtype:
-    with safe_open(file, "pt") as opened:
-        return _SAFETENSORS_DTYPES.get(opened.get_slice(key).get_dtype(), torch.float32)
-
-
-_SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-
-
 def _read(merge: Merge, name: str) -> Tensor:
     """A weight of the base in the dtype that it is merged in."""
-    with ExitStack() as files:
-        stored = StoredTensors(merge.places, files)[name]
-        # A copy in any case: the file is closed, so that its pages do not pile up.
-        return stored.to(merge.dtypes[name][0], copy=True)
+    return read_as(merge.places, name, merge.dtypes[name][0])
 
 
 def _check_base(merge: Merge, progress: Callable[[int, int, str], None]) -> str:
@@ -291,7 +248,7 @@ def _check_base(merge: Merge, progress: Callable[[int, int, str], None]) -> str:
     said, skeleton = merge.adapter.base, merge.skeleton
     wanted = said.get("fingerprint")
     if wanted is None:
-        return "not checked: PEFT's format records no fingerprint of the base"
+        return _UNKNOWN
     quantization = said.get("quantization")
     left_out: set[str] = set()
     if quantization:
@@ -307,35 +264,6 @@ def _check_base(merge: Merge, progress: Callable[[int, int, str], None]) -> str:
             "Give --base with the weights that it was trained on."
         )
     return "the same, what is not quantized in it" if quantization else "the same"
-
-
-def fingerprint_of_files(
-    skeleton: Skeleton,
-    read: Callable[[str], Tensor],
-    left_out: Collection[str] = (),
-    progress: Callable[[int, int, str], None] = lambda *_: None,
-) -> str:
-    """The fingerprint of a frozen base whose weights are read one after the other.
-
-    Args:
-        skeleton: The model.
-        read: Gives a weight by the model's own name of it.
-        left_out: Names of weights that do not count.
-        progress: As for `prepare_merge`.
-    """
-    trained = {name.removeprefix(skeleton.prefix) for name in trained_shapes(skeleton.injection)}
-    frozen = [
-        name
-        for name, _ in _base_parameters(skeleton)
-        if name not in trained and name not in left_out
-    ]
-
-    def values() -> Iterator[Tensor]:
-        for number, name in enumerate(frozen):
-            progress(number, len(frozen), name)
-            yield read(name)
-
-    return fingerprint(values())
 
 
 def _untie(skeleton: Skeleton) -> None:
@@ -365,7 +293,7 @@ def _values(
         if target.tied_to is None
         for leaf in target.weights
     }
-    tensors = list(_tensors(skeleton))
+    tensors = list(base_tensors(skeleton))
     merged: dict[tuple[str, str], Tensor] = {}
     for number, (name, tensor) in enumerate(tensors):
         progress(number, len(tensors), name)
@@ -404,6 +332,17 @@ def _merged_layer(merge: Merge, target: Target, module: Any) -> dict[tuple[str, 
         module._parameters.update(kept)
         module.lora._parameters.update(factors)
         record.base_weights.clear()
+
+
+def _write_layers(
+    merge: Merge, folder: Path, shard: int, progress: Callable[[int, int, str], None]
+) -> None:
+    model = merge.skeleton.model
+    write_tensors(_values(merge, progress), folder, shard)
+    _add_generation_config(model, merge.folder)
+    with untied_config(model):
+        first, _ = next(base_parameters(merge.skeleton))
+        write_configs(model, folder, merge.dtypes[first][1])
 
 
 def _add_generation_config(model: Any, folder: Path) -> None:

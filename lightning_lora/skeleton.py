@@ -105,7 +105,7 @@ def build_skeleton(
         options = {} if built_in is None else {"dtype": built_in}
         model = model_on_meta(model_class, config, **options)
     part = record["part"] if record is not None else _part_of(adapter, model)
-    root = _around(model, part)
+    root = around(model, part)
     try:
         inject_lora(root, adapter.config, seed=0, initialize=False)
         audit_state(root, adapter.state, str(adapter.path))
@@ -212,7 +212,7 @@ def _part_of(adapter: StoredAdapter, model: nn.Module) -> str:
     )
 
 
-def _around(model: nn.Module, part: str) -> nn.Module:
+def around(model: nn.Module, part: str) -> nn.Module:
     """A module that holds the model at this path."""
     for name in reversed(part.split(".") if part else []):
         outer = nn.Module()

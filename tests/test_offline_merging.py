@@ -105,6 +105,23 @@ def test_the_folder_is_bitwise_that_of_a_live_merge(
     assert_equal(loaded, model.state_dict())
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_files_that_join_parameters_are_merged_by_the_models_own_loading(
+    tmp_path: Path, name: str
+) -> None:
+    model, module, _, path = fitted(tmp_path, name, {"target_modules": ["q_proj", "experts"]})
+    merge = prepare_merge(path)
+    assert "the whole model is in memory" in merge.notes[0] and merge.check == "the same"
+    write_merge(merge, tmp_path / "merged", shard=3_000)
+    assert_equal(tensors(tmp_path / "merged"), live(model, module, tmp_path / "live"))
+    other = hugging_face(name)
+    with torch.no_grad():
+        other.model.norm.weight.add_(1)  # type: ignore[union-attr]
+    other.save_pretrained(tmp_path / "other")  # type: ignore[operator]
+    with pytest.raises(CheckpointError, match="another base model"):
+        prepare_merge(path, tmp_path / "other")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_fit_in_half_precision_gives_what_its_export_holds(
     tmp_path: Path, dtype: torch.dtype

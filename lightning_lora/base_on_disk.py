@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lightning_lora.fingerprint import fingerprint
-from lightning_lora.names import clean_name, persistent_buffers
+from lightning_lora.names import persistent_buffers
 from lightning_lora.pretrained import StoredTensors
 from lightning_lora.skeleton import Skeleton
 from lightning_lora.state import trained_shapes
@@ -36,10 +36,10 @@ def side_files(folder: Path) -> list[Path]:
 
 
 def base_parameters(skeleton: Skeleton) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters without the factors, each once, by the model's own names."""
+    """The model's own parameters, each once, by its own names."""
     for name, parameter in skeleton.model.named_parameters():
-        if ".lora." not in f".{name}":
-            yield clean_name(name), parameter
+        if name in skeleton.names:
+            yield name, parameter
 
 
 def base_tensors(skeleton: Skeleton) -> Iterator[tuple[str, Tensor]]:
@@ -65,8 +65,7 @@ def merged_dtypes(
     found: dict[int, tuple[torch.dtype, torch.dtype]] = {}
     names = {}
     for name, parameter in skeleton.model.named_parameters(remove_duplicate=False):
-        name = clean_name(name)
-        if ".lora." in f".{name}":
+        if name not in skeleton.names:
             continue
         if id(parameter) not in found:
             fitted = skeleton.dtypes.get(name, skeleton.dtype)

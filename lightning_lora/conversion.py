@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.base_on_disk import fingerprint_of_files
+from lightning_lora.base_on_disk import base_parameters, fingerprint_of_files
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, ConfigError, LightningLoRAError
 from lightning_lora.files import replacing_file
@@ -160,7 +160,7 @@ def _places(model: Any, folder: Path, own: Collection[str]) -> dict[str, tuple[P
 def _refuse_missing(
     skeleton: Skeleton, stored: Mapping[str, Tensor], own: Collection[str], folder: Path
 ) -> None:
-    names = (name for name, _ in skeleton.model.named_parameters() if ".lora." not in f".{name}")
+    names = (name for name, _ in base_parameters(skeleton))
     missing = [name for name in names if name not in stored and name not in own]
     if missing:
         raise CheckpointError(

@@ -350,7 +350,7 @@ def weight_places(
         found = next((name for name in names if name in places), None)
         if found is not None:
             places.update(dict.fromkeys(names, places[found]))
-    if not places:
+    if not places and set(expected) - set(without):
         raise NotPlainlyStoredError(
             f"The files of {name_or_path} hold none of the model's parameters (they hold "
             f"{listed(unused, limit=3)})."

@@ -42,6 +42,7 @@ class Skeleton:
         part: That path, or ``""``.
         model: The Hugging Face model.
         config: Its config.
+        names: The model's own names of its parameters, without what LoRA has added.
         dtypes: Dtype of each parameter that is known to differ from ``dtype``.
         dtype: Dtype of the parameters in the fit; ``None`` where it is not known.
     """
@@ -50,6 +51,7 @@ class Skeleton:
     part: str
     model: Any
     config: Any
+    names: frozenset[str]
     dtypes: Mapping[str, torch.dtype]
     dtype: torch.dtype | None
 
@@ -105,6 +107,7 @@ def build_skeleton(
         options = {} if built_in is None else {"dtype": built_in}
         model = model_on_meta(model_class, config, **options)
     part = record["part"] if record is not None else _part_of(adapter, model)
+    names = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
     root = around(model, part)
     try:
         inject_lora(root, adapter.config, seed=0, initialize=False)
@@ -114,7 +117,7 @@ def build_skeleton(
             f"{adapter.path} does not fit {type(model).__name__}: {error}"
         ) from error
     _check_targets(adapter, root)
-    return Skeleton(root, part, model, config, dtypes, dtype)
+    return Skeleton(root, part, model, config, names, dtypes, dtype)
 
 
 _IN_PYTHON = (

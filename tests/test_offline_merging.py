@@ -254,3 +254,24 @@ def test_a_head_outside_the_model_is_refused(tmp_path: Path) -> None:
     inject_lora(module, r=2, modules_to_save=["head"])
     with pytest.raises(CheckpointError, match="trains something outside"):
         prepare_merge(checkpoint(module, tmp_path / "a.ckpt"), base)
+
+
+def test_what_cannot_be_placed_is_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, _, path = fitted(tmp_path, "llama", {})
+    content = torch.load(path, weights_only=True)
+    content["state_dict"]["inner.net.model.extra"] = torch.ones(2)
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=r"unexpected: inner\.net\.model\.extra"):
+        prepare_merge(path)
+    monkeypatch.setattr("lightning_lora.skeleton.audit_state", lambda *_: None)
+    with pytest.raises(CheckpointError, match=r"not merged on disk: inner\.net\.model\.extra"):
+        prepare_merge(path)
+
+
+def test_an_encoder_that_was_trained_whole_comes_from_the_checkpoint(tmp_path: Path) -> None:
+    settings = {"target_modules": ["classifier"], "modules_to_save": ["bert"]}
+    model, module, _, path = fitted(tmp_path, "bert", settings)
+    merge_on_disk(path, tmp_path / "merged")
+    assert_equal(tensors(tmp_path / "merged"), live(model, module, tmp_path / "live"))

@@ -17,7 +17,7 @@ from lightning_lora.cli_progress import progress_line
 from lightning_lora.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lightning_lora.offline_merging import Merge
+    from lightning_lora.layerwise import Merge
 
 MERGE = "merge"
 _DTYPES = {

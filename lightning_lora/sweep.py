@@ -19,11 +19,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from lightning_lora.cli_paths import CHECKPOINTS, LAST, runs
 from lightning_lora.errors import ConfigError
 from lightning_lora.files import replacing_file
 
 RESULT, LOG, _REQUEST = "result.json", "log.txt", "request.json"
+_LOCK = ".lock"
 LORA = "lora"
 # Without factors (r=0) the callback trains what else is set to train: the task's head alone, with
 # all biases (arXiv:2106.10199), or the whole model, which the recipes hold as `model`.
@@ -90,7 +93,7 @@ class Result:
         score: Its best value.
         scores: All validation metrics at that step.
         trained: How many parameters were trained.
-        seconds: How long the fit took, with parts that were interrupted.
+        seconds: How long the fit took; of one that was resumed, the last part of it.
         error: What went wrong, of a run that failed.
     """
 
@@ -202,11 +205,20 @@ def run_grid(
     Returns:
         The results, in the order of the grid; a run that failed has an error, and is carried out
         again by the next sweep.
+
+    Raises:
+        ConfigError: Another sweep is at work in the folder.
     """
     results = []
-    for number, run in enumerate(grid):
-        progress(number, len(grid), f"{run.label} seed={run.seed}")
-        results.append(finished(run, folder) or _carry_out(run, folder / run.name))
+    try:
+        with FileLock(folder / _LOCK, timeout=0):
+            for number, run in enumerate(grid):
+                progress(number, len(grid), f"{run.label} seed={run.seed}")
+                results.append(finished(run, folder) or _carry_out(run, folder / run.name))
+    except Timeout:
+        raise ConfigError(
+            f"Another sweep is at work in {folder}. Wait for it, or give another --output."
+        ) from None
     return results
 
 

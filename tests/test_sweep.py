@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from lightning_lora import sweep
 from lightning_lora.errors import ConfigError
@@ -97,6 +98,10 @@ def test_what_is_finished_is_not_carried_out_again(
     fits = Fits(monkeypatch)
     grid = make_grid(config, {"lora.r": "1,2"}, [1], [])
     folder = tmp_path / "sweep"
+    folder.mkdir()
+    with FileLock(folder / ".lock"), pytest.raises(ConfigError, match="Another sweep is at work"):
+        run_grid(grid, folder, lambda *_: None)
+    assert fits.calls == []
     first = run_grid(grid, folder, lambda *_: None)
     assert [name for name, _ in fits.calls] == [run.name for run in grid]
     assert run_grid(grid, folder, lambda *_: None) == first and len(fits.calls) == 2
@@ -118,6 +123,7 @@ def test_an_interrupted_run_resumes_and_begins_anew_where_it_cannot(
     fits = Fits(monkeypatch)
     (run,) = make_grid(config, {"lora.r": "1"}, [1], [])
     folder = tmp_path / "sweep"
+    folder.mkdir()
     fits.codes = [1]
     (failed,) = run_grid([run], folder, lambda *_: None)
     assert failed.error == "exit code 1: the cause" and failed.score is None

@@ -41,6 +41,7 @@ from lightning_lora.plan import Plan
 from lightning_lora.quantization import quantize_pending
 from lightning_lora.quantized_merging import MergeReport, check_merge_base, merging_into
 from lightning_lora.resume import ExactResume
+from lightning_lora.starting import starting_state
 from lightning_lora.state import (
     METADATA_KEY,
     audit_metadata,
@@ -88,6 +89,8 @@ class LoRACallback(Callback):
         init: ``"kaiming"``, ``"gaussian"``, ``"orthogonal"``, ``"pissa"``, ``"pissa_niter_4"``,
             ``"olora"``, ``"eva"``, or ``"loftq"`` for a quantized base.
         loftq_iter: Rounds of ``"loftq"``.
+        init_from: A checkpoint, or a folder in PEFT format, whose factors and trained weights the
+            first fit starts from; one that resumes a checkpoint starts from that.
         merge_on_fit_end: Merge when a fit ends.
         merge_from: Merge the ``"last"`` weights, or those of the ``"best"`` checkpoint.
         merge_base: What a quantized base is replaced by while it is merged: ``"dequantized"``
@@ -144,6 +147,7 @@ class LoRACallback(Callback):
         freeze_A: bool = False,
         init: str = "kaiming",
         loftq_iter: int = 1,
+        init_from: str | None = None,
         merge_on_fit_end: bool = True,
         merge_from: str = "last",
         merge_base: str = "dequantized",
@@ -182,6 +186,7 @@ class LoRACallback(Callback):
         self.init_batches = init_batches
         self.frozen_dtype = check_dtype(frozen_dtype)
         self.merge_base = check_merge_base(merge_base)
+        self.init_from = init_from
         self.merge_on_fit_end = merge_on_fit_end
         self.merge_from = merge_from
         self.export_dir = export_dir
@@ -195,6 +200,8 @@ class LoRACallback(Callback):
         self._trainer: Trainer | None = None
         self._fitted = False
         self._stays_merged = False
+        # Whether the factors are still those that the injection has drawn.
+        self._is_fresh = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -219,6 +226,10 @@ class LoRACallback(Callback):
         # Sync-BatchNorm conversion and precision plugins replace modules or flags on the way here.
         freeze(pl_module, self.plan)
         check_optimizers(trainer, pl_module)
+        if self.init_from is not None and self._is_fresh and trainer.ckpt_path is None:
+            state = starting_state(pl_module, self.init_from)
+            self._sharding.load_state(pl_module, state, self.init_from)
+        self._is_fresh = False
         if self.merge_from == "best":
             check_best_checkpoint(trainer)
         if self.export_dir is not None:
@@ -251,7 +262,13 @@ class LoRACallback(Callback):
 
                 rich.print(self.merge_report)
         if stage == "fit" and self.export_dir is not None:
-            self.exported = export_model(pl_module, Path(self.export_dir), trainer, self._sharding)
+            self.exported = export_model(
+                pl_module,
+                Path(self.export_dir),
+                trainer,
+                self._sharding,
+                best=self.merge_from == "best",
+            )
         trainer.strategy.barrier("LoRACallback.teardown")
 
     @contextmanager
@@ -286,6 +303,7 @@ class LoRACallback(Callback):
             dtype = quantize(model, strategy.precision_plugin, self.config)
             quantize_pending(model, strategy.root_device)
             self.plan = inject_lora(model, self.config, seed=self._seed(strategy))
+            self._is_fresh = True
             record = require_injection(model)
             record.merge_base, record.merge_dtype = self.merge_base, dtype
             # Now, while the base is in its own precision and nothing has been trained.

@@ -5,6 +5,7 @@ Everything that takes long to import is imported once the arguments ask for it.
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -17,8 +18,19 @@ TRACEBACK_VARIABLE = "LIGHTNING_LORA_TRACEBACK"
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 CONFIGS = "configs"
 PLAN = "plan"
-ANALYZE, INSPECT, DIFF = "analyze", "inspect", "diff"
-_KNOWN = (*SUBCOMMANDS, PLAN, CONFIGS, INSPECT, DIFF, ANALYZE)
+# Where the function of each further subcommand is.
+_COMMANDS = {
+    CONFIGS: ("cli_configs", "run_configs"),
+    "inspect": ("cli_inspect", "run_inspect"),
+    "diff": ("cli_inspect", "run_diff"),
+    "analyze": ("cli_analyze", "run_analyze"),
+    "merge": ("cli_merge", "run_merge"),
+    "export": ("cli_export", "run_export"),
+    "convert": ("cli_export", "run_convert"),
+    "push": ("cli_push", "run_push"),
+    "sweep": ("cli_sweep", "run_sweep"),
+}
+_KNOWN = (*SUBCOMMANDS, PLAN, *_COMMANDS)
 
 _HELP = """\
 usage: lightning-lora {{fit,validate,test,predict}} --config CONFIG [--KEY VALUE ...]
@@ -27,6 +39,11 @@ usage: lightning-lora {{fit,validate,test,predict}} --config CONFIG [--KEY VALUE
        lightning-lora inspect CKPT [--json]
        lightning-lora diff CKPT CKPT [--json]
        lightning-lora analyze CKPT [CKPT ...] [--base FOLDER] [--output FOLDER] [--json]
+       lightning-lora merge CKPT --output DIR [--base FOLDER_OR_NAME] [--dtype DTYPE] [--json]
+       lightning-lora export CKPT DIR [--json]
+       lightning-lora convert SRC DST [--base FOLDER_OR_NAME] [--alpha N] [--json]
+       lightning-lora push DIR NAME [--private] [--json]
+       lightning-lora sweep --config CONFIG --KEY V,V [--seeds N,N] [--baselines NAME,NAME] [--json]
 
 Fine-tune a model with LoRA, score it, and predict with it.
 
@@ -39,6 +56,11 @@ Fine-tune a model with LoRA, score it, and predict with it.
   inspect   say what is in an adapter checkpoint: base, settings, sizes, which layers moved most
   diff      say what differs between two adapter checkpoints
   analyze   compare what adapters have learned, with each other and with the base's weights
+  merge     write base and adapter as one model, a layer at a time
+  export    write the adapter in PEFT's format, with a model card
+  convert   make a checkpoint of an adapter that other code wrote
+  push      upload an adapter or a merged model to the Hugging Face hub
+  sweep     fit every combination of settings and seeds, and compare the scores
 
   --config CONFIG     a YAML file, or the name of a config in the package
   --KEY VALUE         overrides a key of the config: --lora.r 16 --trainer.max_epochs 5
@@ -79,20 +101,9 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"lightning-lora {__version__}")
         return
     try:
-        if arguments[0] == CONFIGS:
-            from lightning_lora.cli_configs import run_configs
-
-            run_configs(arguments[1:])
-            return
-        if arguments[0] == ANALYZE:
-            from lightning_lora.cli_analyze import run_analyze
-
-            run_analyze(arguments[1:])
-            return
-        if arguments[0] in (INSPECT, DIFF):
-            from lightning_lora.cli_inspect import run_diff, run_inspect
-
-            (run_inspect if arguments[0] == INSPECT else run_diff)(arguments[1:])
+        if arguments[0] in _COMMANDS:
+            module, function = _COMMANDS[arguments[0]]
+            getattr(importlib.import_module(f"lightning_lora.{module}"), function)(arguments[1:])
             return
         # Classes of the user's own are named by class_path and lie in the working directory.
         sys.path.insert(0, str(Path.cwd()))

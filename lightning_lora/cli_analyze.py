@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_lora.cli_configs import PlainParser
+from lightning_lora.cli_progress import progress_line
 from lightning_lora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -64,7 +64,12 @@ def run_analyze(arguments: Sequence[str]) -> None:
         label: read_adapter(path) for label, path in zip(labels_of(paths), paths, strict=True)
     }
     study = make_study(
-        adapters, base, options.of, options.directions, options.seed, progress=_progress
+        adapters,
+        base,
+        options.of,
+        options.directions,
+        options.seed,
+        progress=progress_line("layer"),
     )
     try:
         written = write_study(study, folder)
@@ -75,12 +80,6 @@ def run_analyze(arguments: Sequence[str]) -> None:
     else:
         _print(study)
         print(f"Wrote {len(written)} files to {folder}: {', '.join(p.name for p in written)}")
-
-
-def _progress(done: int, count: int, layer: str) -> None:
-    if sys.stderr.isatty():
-        end = "\n" if done + 1 == count else "\r"
-        print(f"\033[Klayer {done + 1}/{count} {layer}", end=end, file=sys.stderr, flush=True)
 
 
 def _print(study: Study) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors.torch import save_model
@@ -18,6 +19,8 @@ from lightning_lora.errors import CheckpointError, ConfigError
 from lightning_lora.files import replacing_directory
 from lightning_lora.injection import require_injection
 from lightning_lora.interop import write_adapter
+from lightning_lora.model_card import data_settings, training_settings
+from lightning_lora.model_record import hugging_face_part
 from lightning_lora.names import modules_by_name
 from lightning_lora.quantization import quantized_layers
 from lightning_lora.state import adapter_state_dict
@@ -25,7 +28,11 @@ from lightning_lora.strategies import Replicated, write_tensors
 
 
 def export_model(
-    module: LightningModule, directory: Path, trainer: Trainer, sharding: Replicated
+    module: LightningModule,
+    directory: Path,
+    trainer: Trainer,
+    sharding: Replicated,
+    best: bool = False,
 ) -> dict[str, Path]:
     """Write ``merged`` and ``adapter`` below a folder.
 
@@ -39,13 +46,14 @@ def export_model(
         directory: The folder that holds both.
         trainer: The Trainer that has it.
         sharding: How the model lies over the processes.
+        best: Whether the module holds the weights of the best checkpoint, not the last ones.
 
     Returns:
         The folders by what they hold; on rank 0. An adapter that PEFT cannot express is left out
         with a warning.
     """
     state = sharding.whole_state(module)
-    part = _hugging_face_part(module)
+    part = _part_of(module)
     if not trainer.is_global_zero:
         if sharding.is_sharded:
             with _merged(module, sharding):
@@ -53,7 +61,9 @@ def export_model(
         return {}
     exported = {}
     try:
-        exported["adapter"] = write_adapter(module, directory / "adapter", part or "", state)
+        exported["adapter"] = write_adapter(
+            module, directory / "adapter", part or "", state, **_facts_of(module, trainer, best)
+        )
     except CheckpointError as error:
         # At the end of a fit, one export that cannot be must not cost the other.
         rank_zero_warn(f"The adapter was not exported: {error}")
@@ -77,11 +87,11 @@ def announce_export(module: LightningModule, sharding: Replicated) -> None:
             "export_dir out, and merge or export a checkpoint afterwards: lightning-lora merge, "
             "lightning-lora export."
         )
-    part = _hugging_face_part(module)
+    part = _part_of(module)
     if part is None or not sharding.is_sharded:
         return
     model: Any = modules_by_name(module)[part]
-    if _is_stored_otherwise(model):
+    if is_stored_otherwise(model):
         size = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
         rank_zero_info(
             f"export_dir: the files of {type(model).__name__} join or split its parameters, so "
@@ -105,14 +115,14 @@ def _write(
             write_tensors(tensors, folder)
         return
     model: Any = modules_by_name(module)[part]
-    with _untied_config(model), _without_progress_bar():
+    with untied_config(model), without_progress_bar():
         if tensors is None:
             model.save_pretrained(folder)
-        elif _is_stored_otherwise(model):
+        elif is_stored_otherwise(model):
             # Its files join or split parameters, which takes all of them at once.
             model.save_pretrained(folder, state_dict=dict(tensors))
         else:
-            _write_configs(model, folder)
+            write_configs(model, folder)
             write_tensors(tensors, folder)
     tokenizer = getattr(module, "tokenizer", None) or getattr(
         getattr(trainer, "datamodule", None), "tokenizer", None
@@ -121,17 +131,64 @@ def _write(
         tokenizer.save_pretrained(folder)
 
 
-def _is_stored_otherwise(model: Any) -> bool:
+def is_stored_otherwise(model: Any) -> bool:
     """Whether the files of a Hugging Face model hold other tensors than its parameters."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     return bool(get_model_conversion_mapping(model, add_legacy=False))
 
 
-def _write_configs(model: Any, folder: Path) -> None:
+def _facts_of(module: LightningModule, trainer: Trainer, best: bool) -> dict[str, Any]:
+    """What the model card says of the fit."""
+    data: Any = getattr(trainer, "datamodule", None)
+    checkpoint: Any = trainer.checkpoint_callback
+    score = getattr(checkpoint, "best_model_score", None)
+    if best:
+        scores = {} if score is None else {checkpoint.monitor: float(score)}
+    else:
+        scores = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val")}
+    return {
+        "training": training_settings(dict(module.hparams)),
+        "data": data_settings(
+            {} if data is None else {"class": type(data).__name__, **data.hparams}
+        ),
+        "scores": scores,
+        "position": {} if best else {"global_step": trainer.global_step},
+    }
+
+
+def only_renames(model: Any) -> bool:
+    """Whether the files of a Hugging Face model hold its parameters one by one, perhaps under other
+    names.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    mapping = get_model_conversion_mapping(model, add_legacy=False)
+    return all(isinstance(each, WeightRenaming) for each in mapping)
+
+
+def stored_names(model: Any, names: Iterable[str]) -> list[str]:
+    """What ``save_pretrained`` calls parameters of a model that `only_renames`."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    found = []
+    for name in names:
+        found += revert_weight_conversion(model, {name: torch.empty(0, device="meta")})
+    return found
+
+
+def write_configs(model: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write the configs that ``save_pretrained`` would.
+
+    Args:
+        model: A Hugging Face model.
+        folder: Where they go.
+        dtype: What the config says of the weights' dtype; by default that of the first parameter.
+    """
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__.removeprefix("FSDP")]
-    config.dtype = next(model.parameters()).dtype
+    config.dtype = dtype or next(model.parameters()).dtype
     config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
@@ -156,18 +213,13 @@ def _taking_all(tensors: Iterator[Any] | None) -> Iterator[None]:
             deque(tensors, maxlen=0)
 
 
-def _hugging_face_part(module: nn.Module) -> str | None:
-    """Path of the one Hugging Face model that holds everything that was trained, or ``None``."""
-    trained = list(adapter_state_dict(module))
-    for name, child in modules_by_name(module).items():
-        is_model = hasattr(child, "save_pretrained") and hasattr(child, "config")
-        if is_model and all(key.startswith(f"{name}." if name else "") for key in trained):
-            return name
-    return None
+def _part_of(module: nn.Module) -> str | None:
+    return hugging_face_part(module, list(adapter_state_dict(module)))
 
 
 @contextmanager
-def _without_progress_bar() -> Iterator[None]:
+def without_progress_bar() -> Iterator[None]:
+    """Keep `transformers` from drawing its progress bars."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -191,11 +243,12 @@ def _merged(module: nn.Module, sharding: Replicated) -> Iterator[None]:
 
 
 @contextmanager
-def _untied_config(model: Any) -> Iterator[None]:
+def untied_config(model: Any) -> Iterator[None]:
     """A head that a merge has untied must not be tied again when the export is loaded."""
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     tied = getattr(model.config, "tie_word_embeddings", False)
-    if not tied or head is None or head.weight is embeddings.weight:
+    # Models without embeddings of words raise where they are asked for them.
+    head = model.get_output_embeddings() if tied else None
+    if head is None or head.weight is model.get_input_embeddings().weight:
         yield
         return
     model.config.tie_word_embeddings = False

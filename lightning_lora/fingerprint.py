@@ -55,7 +55,8 @@ def fingerprint(tensors: Iterable[Tensor | Packed]) -> str:
             part, offset = part.reshape(-1).view(torch.uint8), offset * size
             shape = (tensor.numel() * size,)
         sums.append(position_sums(part, offset))
-        kept.append(tensor)
+        # Only shards are summed up; the others may be read from files one after the other.
+        kept.append(tensor if is_sharded(tensor) else torch.empty(0))
         shapes.append(shape)
     signed = [[(value + _SIGN) % _MODULUS - _SIGN for value in pair] for pair in sums]
     totals = sum_over_shards(torch.tensor(signed, dtype=torch.int64).reshape(-1, 2), kept).tolist()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,6 +20,7 @@ from lightning_lora.errors import CheckpointError
 from lightning_lora.files import replacing_directory
 from lightning_lora.injection import inject_lora, injection_of, require_injection
 from lightning_lora.merging import merge_lora, unmerge_lora
+from lightning_lora.model_card import Card, write_card
 from lightning_lora.names import modules_by_name
 from lightning_lora.peft_format import (
     from_peft_config,
@@ -52,7 +54,8 @@ def save_adapter(model: nn.Module, directory: str | Path, part: str = "") -> Pat
 
     Args:
         model: The module that LoRA was injected into, merged or not.
-        directory: The folder; replaced as a whole once the new one is complete.
+        directory: The folder; replaced as a whole once the new one is complete, but for a
+            README.md, which stays. Where there is none, a model card is written.
         part: Path of the submodule that the adapter is meant for, for instance the Hugging Face
             model inside a LightningModule.
 
@@ -71,14 +74,38 @@ def save_adapter(model: nn.Module, directory: str | Path, part: str = "") -> Pat
 
 
 def write_adapter(
-    model: nn.Module, directory: str | Path, part: str, state: Mapping[str, Tensor]
+    model: nn.Module,
+    directory: str | Path,
+    part: str,
+    state: Mapping[str, Tensor],
+    files: Sequence[Path] = (),
+    **facts: Any,
 ) -> Path:
-    """`save_adapter` with the adapter's state in whole tensors at hand; in one process."""
+    """`save_adapter` with the adapter's state in whole tensors at hand; in one process.
+
+    Args:
+        model: As for `save_adapter`; its weights may be on the meta device.
+        directory: The folder.
+        part: As for `save_adapter`.
+        state: The adapter's state.
+        files: Further files to put into the folder.
+        **facts: What the model card says beside settings and sizes, see `Card`.
+    """
     prefix = f"{part}." if part else ""
     tensors, config = to_peft_tensors(model, prefix, state), to_peft_config(model, prefix)
+    card = Card(
+        base=config["base_model_name_or_path"],
+        config=config,
+        settings=require_injection(model).config.to_dict(),
+        parameters=sum(tensor.numel() for tensor in state.values()),
+        **facts,
+    )
     with replacing_directory(directory) as fresh:
         save_file(tensors, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
         (fresh / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        write_card(card, fresh, Path(directory))
+        for file in files:
+            shutil.copyfile(file, fresh / file.name)
     return Path(directory)
 
 

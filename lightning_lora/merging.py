@@ -69,13 +69,13 @@ def _merge(model: nn.Module, record: Injection, base: str, read: Any) -> MergeRe
     modules = modules_by_name(model)
     if any(is_sharded(weight) for _, _, weight in _adapted(modules, record)):
         refuse_ties(model)
-    shared = _shared_parameters(model, record)
+    shared = shared_parameters(model, record)
     record.base_weights.update(merge_tokens(model, record.plan.tokens))
     for target in record.plan.targets:
         module = modules[target.name]
         assert isinstance(module, LoRALayer)
         if target.tied_to is None and target.name not in quantized:
-            _merge_layer(module, target, record, shared)
+            merge_layer(module, target, record, shared)
     # In a second pass: layers that share factors are merged through the first of them.
     for target in record.plan.targets:
         module = modules[target.name]
@@ -124,9 +124,17 @@ def unmerge_lora(model: nn.Module) -> None:
     record.merged = False
 
 
-def _merge_layer(
-    module: LoRALayer, target: Target, record: Injection, shared: Collection[int]
+def merge_layer(
+    module: LoRALayer, target: Target, record: Injection, shared: Collection[int] = ()
 ) -> None:
+    """Add the update of one layer to its weights; those from before go into the record.
+
+    Args:
+        module: The adapted layer.
+        target: Its target.
+        record: What was injected.
+        shared: Ids of the parameters that another module uses too, which get a copy.
+    """
     with whole_factors(module.lora):
         updates = module.delta_weights()
         scale = module.merge_scale(module.whole_weight()) if target.dora else None
@@ -163,8 +171,8 @@ def _adapted(
             yield target, leaf, getattr(modules[target.name], leaf)
 
 
-def _shared_parameters(model: nn.Module, record: Injection) -> set[int]:
-    """Weights of targets that a module outside the targets uses too."""
+def shared_parameters(model: nn.Module, record: Injection) -> set[int]:
+    """Ids of the weights of targets that a module outside the targets uses too."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name.rpartition(".")[0])
@@ -186,7 +194,7 @@ def refuse_ties(model: nn.Module) -> None:
     """
     record = require_injection(model)
     modules = modules_by_name(model)
-    shared = _shared_parameters(model, record)
+    shared = shared_parameters(model, record)
     for target, _, weight in _adapted(modules, record):
         if id(weight) in shared:
             raise ConfigError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_lora.base_weights import keys_by_file
 from lightning_lora.errors import ConfigError
 from lightning_lora.layers import LoRAFactors
 from lightning_lora.layers.tokens import TokenRows
@@ -28,6 +29,7 @@ from lightning_lora.names import clean_name, listed, persistent_buffers
 from lightning_lora.sharded import extent, is_sharded, local, shard_from, write
 
 _ATTRIBUTE = "_lightning_lora_stored"
+_OF_A_MODEL = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,24 @@ def pretrained_on_meta(auto_class: Any, name_or_path: str, **options: Any) -> An
         build["dtype"] = dtype
     elif getattr(config, "dtype", None) is not None:
         build["dtype"] = config.dtype
-    with _parameters_on_meta():
-        from_config = getattr(auto_class, "from_config", None) or auto_class._from_config
-        model = from_config(config, **build)
+    model = model_on_meta(auto_class, config, **build)
     _add_generation_config(model, name_or_path)
-    places = _places(model, name_or_path)
+    places = weight_places(model, name_or_path)
     setattr(model, _ATTRIBUTE, StoredWeights(places, seed=torch.initial_seed() % 2**63))
     return model.train()
+
+
+def model_on_meta(auto_class: Any, config: Any, **options: Any) -> Any:
+    """Build a model from its config with its parameters on the meta device; buffers are real.
+
+    Args:
+        auto_class: A model class of `transformers`, or one of its ``AutoModel`` classes.
+        config: Its config.
+        **options: For the class's ``from_config``.
+    """
+    with _parameters_on_meta():
+        from_config = getattr(auto_class, "from_config", None) or auto_class._from_config
+        return from_config(config, **options)
 
 
 def missing_parameters(model: nn.Module) -> list[str]:
@@ -160,7 +173,7 @@ def _places_of_loaded(model: Any) -> dict[str, tuple[Path, str]]:
     config = copy.deepcopy(model.config)
     name = config._name_or_path
     try:
-        folder = _folder(name)
+        folder = model_folder(name)
         written = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(
@@ -173,9 +186,8 @@ def _places_of_loaded(model: Any) -> dict[str, tuple[Path, str]]:
             "Use merge_base='dequantized', or another init."
         )
     config.__dict__.pop("quantization_config", None)
-    with _parameters_on_meta():
-        skeleton = type(model)._from_config(config)
-    return _places(skeleton, name)
+    skeleton = model_on_meta(type(model), config)
+    return weight_places(skeleton, name)
 
 
 @torch.no_grad()
@@ -286,11 +298,28 @@ def _open(file: Path) -> Iterator[Any]:
         yield opened
 
 
-def _places(model: Any, name_or_path: str) -> dict[str, tuple[Path, str]]:
+def weight_places(
+    model: Any, name_or_path: str, without: Collection[str] = ()
+) -> dict[str, tuple[Path, str]]:
+    """File and key of each parameter of a model; persistent buffers are filled.
+
+    Args:
+        model: A Hugging Face model, also on the meta device.
+        name_or_path: A folder, or a name on the hub.
+        without: Names of parameters that come from elsewhere.
+
+    Raises:
+        NotPlainlyStoredError: There are no safetensors files, or their tensors are not the model's
+            parameters one by one.
+        ConfigError: A tensor has another shape, or a file is missing or damaged.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    folder = _folder(name_or_path)
+    folder = model_folder(name_or_path)
+    keys_of = keys_by_file(folder)
+    if not keys_of:
+        raise NotPlainlyStoredError(f"{folder} holds no model.safetensors.")
     expected = dict(model.named_parameters(remove_duplicate=False))
     buffers = persistent_buffers(model)
     known = {**expected, **buffers}
@@ -299,7 +328,7 @@ def _places(model: Any, name_or_path: str) -> dict[str, tuple[Path, str]]:
     converters = [each for each in mapping if not isinstance(each, WeightRenaming)]
     places: dict[str, tuple[Path, str]] = {}
     unused = []
-    for file, keys in _keys_by_file(folder).items():
+    for file, keys in keys_of.items():
         with _open(file) as opened:
             for key in keys:
                 name, converted = rename_source_key(
@@ -311,7 +340,7 @@ def _places(model: Any, name_or_path: str) -> dict[str, tuple[Path, str]]:
                     )
                 if name in buffers:
                     buffers[name].copy_(opened.get_tensor(key))
-                if name not in expected:
+                if name not in expected or name in without:
                     unused.append(key)
                     continue
                 shape = tuple(opened.get_slice(key).get_shape())
@@ -327,7 +356,7 @@ def _places(model: Any, name_or_path: str) -> dict[str, tuple[Path, str]]:
         found = next((name for name in names if name in places), None)
         if found is not None:
             places.update(dict.fromkeys(names, places[found]))
-    if not places:
+    if not places and set(expected) - set(without):
         raise NotPlainlyStoredError(
             f"The files of {name_or_path} hold none of the model's parameters (they hold "
             f"{listed(unused, limit=3)})."
@@ -342,25 +371,13 @@ def _tied(model: nn.Module) -> list[list[str]]:
     return [names for names in owners.values() if len(names) > 1]
 
 
-def _folder(name_or_path: str) -> Path:
+def model_folder(name_or_path: str) -> Path:
+    """The folder of a model; from the hub where it is none, with its tokenizer."""
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(name_or_path, allow_patterns=["*.safetensors", "*.json"]))
-
-
-def _keys_by_file(folder: Path) -> dict[Path, list[str]]:
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        keys: dict[Path, list[str]] = {}
-        for key, file in json.loads(index.read_text())["weight_map"].items():
-            keys.setdefault(folder / file, []).append(key)
-        return keys
-    if not single.is_file():
-        raise NotPlainlyStoredError(f"{folder} holds no model.safetensors.")
-    with _open(single) as opened:
-        return {single: list(opened.keys())}
+    return Path(snapshot_download(name_or_path, allow_patterns=_OF_A_MODEL))
 
 
 def _add_generation_config(model: Any, name_or_path: str) -> None:

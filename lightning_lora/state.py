@@ -14,6 +14,7 @@ from lightning_lora.errors import CheckpointError, ConfigError
 from lightning_lora.fingerprint import Packed, fingerprint
 from lightning_lora.initialization import restore_rounds
 from lightning_lora.injection import Injection, persistent_buffers, require_injection
+from lightning_lora.model_record import model_record
 from lightning_lora.names import clean_name, listed, modules_by_name
 from lightning_lora.plan import Target
 from lightning_lora.quantization import (
@@ -202,6 +203,7 @@ def checkpoint_metadata(model: nn.Module) -> dict[str, Any]:
             "name_or_path": _name_or_path(model),
             "parameters": record.plan.base_parameters,
             "quantization": _quantization(model, record),
+            "model": model_record(model, trained_shapes(record)),
         },
     }
 

@@ -277,6 +277,7 @@ def test_saving_replaces_the_folder_as_a_whole(tmp_path: Path) -> None:
     (folder / "stale.txt").write_text("old")
     save_adapter(model, folder)
     assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
     ]

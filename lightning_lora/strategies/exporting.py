@@ -14,7 +14,9 @@ FILE_BYTES = 2**30
 INDEX_FILE = "model.safetensors.index.json"
 
 
-def write_tensors(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+def write_tensors(
+    tensors: Iterable[tuple[str, Tensor]], folder: Path, file_bytes: int | None = None
+) -> None:
     """Write tensors as they come to safetensors files, with the index that `transformers` reads
     where there are several.
 
@@ -23,6 +25,8 @@ def write_tensors(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
     Args:
         tensors: Names and whole tensors on the CPU; those of a layer come together.
         folder: An empty folder.
+        file_bytes: The most bytes of tensors in a file, but for single tensors above it. By default
+            files end with the layer that takes them to `FILE_BYTES`.
     """
     files: list[tuple[Path, list[str]]] = []
     held: dict[str, Tensor] = {}
@@ -35,7 +39,11 @@ def write_tensors(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
         held.clear()
 
     for name, tensor in tensors:
-        if size >= FILE_BYTES and layer_of(name) != layer:
+        if file_bytes is None:
+            full = size >= FILE_BYTES and layer_of(name) != layer
+        else:
+            full = bool(held) and size + tensor.nbytes > file_bytes
+        if full:
             close()
             size = 0
         layer = layer_of(name)

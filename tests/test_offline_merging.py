@@ -36,6 +36,12 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("wav2vec2", {"target_modules": ["conv", "q_proj"]}),
     ("vit", {"target_modules": ["projection", "q_proj"]}),
     ("modernbert", {"target_modules": "qv"}),
+    ("llama", {"use_dora": True}),
+    ("gpt2", {"use_dora": True, "target_modules": ["c_attn"]}),
+    ("llama", {"init": "pissa"}),
+    ("bert", {"init": "olora", "use_dora": True}),
+    ("llama", {"freeze_A": True, "layers_to_transform": [-1]}),
+    ("bert", {"r": 0, "bias": "all"}),
 ]
 
 

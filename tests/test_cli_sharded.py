@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from lightning_lora.cli_paths import find_bundled
 from tests.commands import run_command
@@ -59,6 +60,16 @@ def test_fit_test_and_predict_with_generated_texts(tmp_path: Path) -> None:
     assert changed and all("c_" in name for name in changed)
 
     best = str(run / "checkpoints/best.ckpt")
+    command(tmp_path, "merge", best, "--output", "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").state_dict()
+    for name, tensor in merged.state_dict().items():
+        assert torch.equal(again[name], tensor)
+    config = json.loads((tmp_path / "again/config.json").read_text())
+    assert config == json.loads((run / "merged/config.json").read_text())
+    command(tmp_path, "export", best, "adapter")
+    exported = load_file(run / "adapter/adapter_model.safetensors")
+    for name, tensor in load_file(tmp_path / "adapter/adapter_model.safetensors").items():
+        assert torch.equal(exported[name], tensor)
     assert "test/bleu" in command(tmp_path, "test", "--ckpt_path", best)
     rows = (tmp_path / "data/test.csv").read_text().splitlines()[:12]
     # Eleven rows: six for one rank, in two batches, and five for the other.

@@ -279,3 +279,14 @@ def test_a_hugging_face_model(name: str, dtype: torch.dtype, joined: list[int]) 
     for key, expected in found[0].items():
         error = (found[2][key] - expected).norm() / (expected.norm() + 1e-6)
         assert error < tolerance, key
+
+
+def test_a_compiled_model_is_one_graph(joined: list[int]) -> None:
+    model = adapted()
+    expected = grads(model, inputs(), 3)
+    joined.clear()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = grads(compiled, inputs(), 2)  # type: ignore[arg-type]
+    assert_same({n.removeprefix("_orig_mod."): value for n, value in found.items()}, expected)
+    # The compiler sees each layer by itself.
+    assert 3 not in joined

@@ -1,4 +1,4 @@
-"""Speed is not paid for with accuracy: gradients in low precision beside PEFT's, against float64."""
+"""Speed is not paid for with accuracy: gradients in low precision against exact ones, and PEFT's."""
 
 from __future__ import annotations
 

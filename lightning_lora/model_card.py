@@ -151,8 +151,13 @@ def _is_hub_name(name: str) -> bool:
     return _HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
 
 
+def _shown(base: str) -> str:
+    """A base without the folders that are nobody's business."""
+    return Path(base).name if Path(base).is_absolute() else base
+
+
 def _introduction(card: Card) -> str:
-    where = f" for `{card.base}`" if card.base else ""
+    where = f" for `{_shown(card.base)}`" if card.base else ""
     position = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in card.position.items())
     after = f", saved after {position}" if position else ""
     return (
@@ -173,13 +178,15 @@ def _section(title: str, rows: Mapping[str, Any], column: str) -> list[str]:
 
 
 def _usage(card: Card, auto_class: str | None) -> str:
-    base = card.base or "BASE"
+    base = card.base if card.base and _is_hub_name(card.base) else "BASE"
     loader = auto_class or "AutoModel"
+    classes = card.training.get("class_names")
+    labels = f", num_labels={len(classes)}" if classes else ""
     return (
         "```python\n"
         "from peft import PeftModel\n"
         f"from transformers import {loader}\n\n"
-        f'model = {loader}.from_pretrained("{base}")\n'
+        f'model = {loader}.from_pretrained("{base}"{labels})\n'
         'model = PeftModel.from_pretrained(model, "this folder")\n'
         "```"
     )

@@ -87,6 +87,7 @@ def test_the_card_of_a_run_tells_settings_data_and_scores(
     assert metadata["library_name"] == "peft" and "lora" in metadata["tags"]
     assert metadata["pipeline_tag"] == "text-classification"
     assert "base_model" not in metadata  # a folder is no name on the hub
+    assert str(tiny_model) not in body and "num_labels=3" in body
     step = torch.load(tmp_path / best, weights_only=True)["global_step"]
     points = read_history(metrics_files(run))["val/accuracy"]
     score = next(point.value for point in points if point.step == step)

@@ -1,4 +1,4 @@
-"""Speed is not paid for with accuracy: gradients in low precision against exact ones, and PEFT's."""
+"""Accuracy is not the price of speed: gradients in low precision, beside PEFT's."""
 
 from __future__ import annotations
 

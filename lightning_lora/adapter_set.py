@@ -87,6 +87,11 @@ def add_adapter(
     _refuse_sharded(model)
     read = read_source(Path(source), model) if isinstance(source, (str, Path)) else None
     config = source if isinstance(source, LoRAConfig) else LoRAConfig.from_dict(settings)
+    if (config if read is None else read[0]).loftq_iter > 1:
+        raise ConfigError(
+            "loftq_iter above 1 quantizes the base anew for one adapter, and several adapters "
+            "share one base. Use loftq_iter=1, or inject_lora alone."
+        )
     active = active_adapter(model)
     with _bare(model):
         inject_lora(model, config if read is None else read[0], seed=seed, initialize=read is None)

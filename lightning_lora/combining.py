@@ -145,6 +145,8 @@ def _check(name: str, adapter: Waiting) -> None:
         why = "has magnitudes (use_dora), and what it adds to a weight is no product of factors"
     elif trained:
         why = f"trains base parameters in place ({listed(trained, limit=3)}), which have no sum"
+    elif record.plan.tokens:
+        why = "trains rows of embeddings (trainable_token_indices), which have no sum"
     elif any(t.kind.endswith("Experts") for t in record.plan.targets):
         why = "adapts experts, whose factors are kept in another order"
     elif any({n for n, _ in f.named_parameters()} != {"A", "B"} for f in adapter.factors.values()):

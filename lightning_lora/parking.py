@@ -17,11 +17,13 @@ from lightning_lora.injection import (
     require_injection,
     swap_class,
 )
+from lightning_lora.layers.tokens import TokenRows
 from lightning_lora.merging import unmerge_lora
 from lightning_lora.names import clean_name, listed, modules_by_name, persistent_buffers, unwrap
 from lightning_lora.quantization import keep_trainable
 from lightning_lora.removal import remove_lora
 from lightning_lora.state import trained_shapes
+from lightning_lora.tokens import CHILD, add_tokens, rows_of
 
 
 @dataclass
@@ -31,6 +33,7 @@ class Waiting:
     Attributes:
         record: What was injected.
         factors: The factors, by the name of their target.
+        rows: The rows of embeddings that train, by the name of the embedding.
         base: The base's values of what the adapter trains in place.
         trained: The adapter's values of the same, while it is not active.
         active: Whether it is the one in the model.
@@ -38,6 +41,7 @@ class Waiting:
 
     record: Injection
     factors: dict[str, nn.Module]
+    rows: dict[str, TokenRows] = field(default_factory=dict)
     base: dict[str, Tensor] = field(default_factory=dict)
     trained: dict[str, Tensor] = field(default_factory=dict)
     active: bool = True
@@ -58,7 +62,8 @@ def taken_from(model: nn.Module, fresh: bool) -> Waiting:
         for name, parameter in model.named_parameters()
         if clean_name(name) in names
     }
-    return Waiting(record, factors, base | record.buffers)  # type: ignore[arg-type]
+    rows = {target.name: rows_of(modules, target) for target in record.plan.tokens}
+    return Waiting(record, factors, rows, base | record.buffers)  # type: ignore[arg-type]
 
 
 def park(model: nn.Module, adapter: Waiting) -> None:
@@ -67,8 +72,15 @@ def park(model: nn.Module, adapter: Waiting) -> None:
     Raises:
         ConfigError: The base's values of what the adapter trains in place are not known.
     """
-    factors = tuple(f"{target.name}.lora." for target in adapter.record.plan.targets)
-    in_place = (n for n in trained_shapes(adapter.record) if not n.startswith(factors))
+    plan = adapter.record.plan
+    if adapter.record.originals:
+        raise ConfigError(
+            "loftq_iter above 1 quantized the base anew for the adapter that the model has, so "
+            "that no other adapter can share the base. Call remove_lora(model) first."
+        )
+    beside = [f"{target.name}.lora." for target in plan.targets]
+    beside += [f"{target.name}.{CHILD}." for target in plan.tokens]
+    in_place = (n for n in trained_shapes(adapter.record) if not n.startswith(tuple(beside)))
     missing = [name for name in in_place if name not in adapter.base]
     if missing:
         raise ConfigError(
@@ -87,12 +99,19 @@ def park(model: nn.Module, adapter: Waiting) -> None:
 def activate(model: nn.Module, adapter: Waiting) -> None:
     """Put an adapter back into the bare model."""
     _exchange(model, adapter.trained)
-    attach(model, adapter.record, adapter.factors)
+    attach(model, adapter.record, adapter.factors, adapter.rows)
     adapter.active = True
 
 
-def attach(model: nn.Module, record: Injection, factors: dict[str, nn.Module]) -> None:
-    """Put factors that were made before into a bare model, as `inject_lora` does with new ones."""
+def attach(
+    model: nn.Module,
+    record: Injection,
+    factors: dict[str, nn.Module],
+    rows: dict[str, TokenRows],
+) -> None:
+    """Put factors and rows that were made before into a bare model, as `inject_lora` does with new
+    ones.
+    """
     modules = modules_by_name(model)
     keep_trainable(model)
     for target in record.plan.targets:
@@ -100,6 +119,7 @@ def attach(model: nn.Module, record: Injection, factors: dict[str, nn.Module]) -
         device = getattr(module, target.weights[0]).device
         module.lora = factors[target.name].to(device).train(module.training)
         swap_class(module)
+    add_tokens(modules, record.plan.tokens, rows)
     join_targets(modules, record.plan)
     record.nested_tensors = leave_fast_paths(model)
     setattr(unwrap(model), ATTRIBUTE, record)

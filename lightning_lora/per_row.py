@@ -74,7 +74,7 @@ def adapter_per_row(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
             for layer in targets
         }
         record = _record(model, tuple(targets.values()))
-        attach(model, record, rows)
+        attach(model, record, rows, {})
         try:
             yield
         finally:
@@ -159,6 +159,8 @@ def _check(name: str, adapter: Waiting) -> None:
         why = "has magnitudes (use_dora), which scale the base's output too"
     elif trained:
         why = f"trains base parameters in place ({listed(trained, limit=3)})"
+    elif record.plan.tokens:
+        why = "trains rows of embeddings (trainable_token_indices)"
     elif refused:
         why = f"adapts {refused[0]!r}, whose weights are read instead of called"
     if why is not None:

@@ -127,12 +127,26 @@ def _obstacle(
     return None
 
 
-def add_tokens(modules: Mapping[str, nn.Module], targets: Sequence[TokenTarget]) -> None:
-    """Put rows that train in the place of rows of the tables."""
+def add_tokens(
+    modules: Mapping[str, nn.Module],
+    targets: Sequence[TokenTarget],
+    made: Mapping[str, TokenRows] | None = None,
+) -> None:
+    """Put rows that train in the place of rows of the tables.
+
+    Args:
+        modules: The model's modules by name.
+        targets: The embeddings.
+        made: Rows that were made before, by the name of the embedding; otherwise those of the
+            tables.
+    """
     for target in targets:
         weight = modules[target.name].weight
         assert isinstance(weight, Tensor)
-        rows = TokenRows(weight, target.indices)
+        if made is None:
+            rows = TokenRows(weight, target.indices)
+        else:
+            rows = made[target.name].to(weight.device)
         for name in (target.name, *target.tied):
             setattr(modules[name], CHILD, rows)
         swap_tokens(modules, [target])

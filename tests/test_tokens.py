@@ -14,13 +14,17 @@ from torch import Tensor, nn
 
 from lightning_lora import (
     LoRAConfig,
+    adapter_per_row,
     adapter_state_dict,
+    add_adapter,
+    add_weighted_adapter,
     inject_lora,
     load_adapter,
     load_lightning_module,
     merge_lora,
     remove_lora,
     save_adapter,
+    set_adapter,
     unmerge_lora,
 )
 from lightning_lora.errors import CheckpointError, ConfigError, TargetError
@@ -335,3 +339,26 @@ def test_the_command_line_takes_them() -> None:
         parsed = parser.parse_string(f"lora: {{trainable_token_indices: {text}}}")
         built = parser.instantiate_classes(parsed).lora
         assert built.config.trainable_token_indices == wanted
+
+
+def test_adapters_with_rows_take_turns(tmp_path: Path) -> None:
+    model = tied_llama()
+    base = logits(model)
+    outputs = {}
+    for name, tokens in (("first", NEW), ("second", [2]), ("none", None)):
+        add_adapter(model, name, trainable_token_indices=tokens, **TARGETS)
+        set_adapter(model, name)
+        train_a_little(model)
+        outputs[name] = logits(model)
+    for name, expected in outputs.items():
+        set_adapter(model, name)
+        assert torch.equal(logits(model), expected)
+        merge_lora(model)
+        torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-4)
+        unmerge_lora(model)
+    set_adapter(model, None)
+    assert torch.equal(logits(model), base)
+    with pytest.raises(ConfigError, match="trains rows of embeddings"):
+        add_weighted_adapter(model, ["first", "none"], [0.5, 0.5], "both", "cat")
+    with pytest.raises(ConfigError, match="'first' trains"), adapter_per_row(model, ["first"] * 2):
+        pass

@@ -182,7 +182,9 @@ class _LoRAQuantizedLinear(torch.autograd.Function):
         layer: _LoRAQuantized,
     ) -> Tensor:
         out, hidden, dtype = _forward(x, layer, A, B, dropped, scaling)
-        ctx.save_for_backward(x, A, B, hidden, dropped)
+        # The input is needed for the gradient of A alone.
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, A, B, hidden, dropped)
+        ctx.shape, ctx.x_dtype = x.shape, x.dtype
         # Not the weight: what holds it between two passes (a sharded unit, say) may free it.
         ctx.layer, ctx.scaling, ctx.dtype = layer, scaling, out.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -192,12 +194,12 @@ class _LoRAQuantizedLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, hidden, dropped = ctx.saved_tensors
-        needs_x, needs_bias, needs_A, _ = ctx.needs_input_grad[:4]
+        needs_x, needs_bias = ctx.needs_input_grad[:2]
         weight = dequantized(ctx.layer, ctx.dtype) if needs_x else None
         factor, scaled = factors_in(ctx.dtype, [A], [B], [ctx.scaling])
         grad_x, (grad_A,), (grad_B,) = projection_grads(
-            x.shape,
-            x.to(ctx.dtype) if needs_A else None,
+            ctx.shape,
+            None if x is None else x.to(ctx.dtype),
             hidden,
             [weight],
             factor,
@@ -208,8 +210,8 @@ class _LoRAQuantizedLinear(torch.autograd.Function):
             needs_x,
         )
         grad_x, grad_A, grad_B = (
-            grad if grad is None else grad.to(own.dtype)
-            for grad, own in ((grad_x, x), (grad_A, A), (grad_B, B))
+            grad if grad is None else grad.to(dtype)
+            for grad, dtype in ((grad_x, ctx.x_dtype), (grad_A, A.dtype), (grad_B, B.dtype))
         )
         grad_bias = None
         if needs_bias:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_lora import (
     LoRAConfig,
     adapter_state_dict,
+    add_adapter,
     inject_lora,
     load_adapter,
     load_adapter_state_dict,
@@ -190,3 +191,12 @@ def test_where_it_cannot_be(base: Any) -> None:
         LoRAConfig(loftq_iter=2)
     with pytest.raises(ConfigError, match="loftq_iter must be a whole number"):
         LoRAConfig(init="loftq", loftq_iter=0)
+
+
+def test_no_other_adapter_shares_the_base(base: Any) -> None:
+    model = base()
+    inject_lora(model, **LOFTQ, loftq_iter=2)
+    with pytest.raises(ConfigError, match="quantized the base anew for the adapter"):
+        add_adapter(model, "other", r=2)
+    with pytest.raises(ConfigError, match="several adapters share one base"):
+        add_adapter(base(), "first", **LOFTQ, loftq_iter=2)

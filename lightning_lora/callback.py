@@ -37,6 +37,8 @@ from lightning_lora.export import announce_export, export_model
 from lightning_lora.first_batches import initialize_from_first_batches
 from lightning_lora.freezing import cast_frozen, check_dtype, freeze
 from lightning_lora.injection import inject_lora, injection_of, require_injection
+from lightning_lora.layers.siblings import join_layers, joined_layers
+from lightning_lora.names import modules_by_name
 from lightning_lora.plan import Plan
 from lightning_lora.quantization import quantize_pending
 from lightning_lora.quantized_merging import MergeReport, check_merge_base, merging_into
@@ -394,6 +396,7 @@ class LoRACallback(Callback):
         audit_state(model, checkpoint["state_dict"], source)
         if model.trainer.state.fn == TrainerFn.FITTING:
             require_training_state(checkpoint, source)
+            join_layers(modules_by_name(model), checkpoint[METADATA_KEY].get("joined", ()))
             if self._sharding.is_sharded:
                 # Lightning leaves it to such strategies.
                 self._load_optimizers(strategy, None, checkpoint)
@@ -423,6 +426,7 @@ class LoRACallback(Callback):
         checkpoint[METADATA_KEY] = {
             **checkpoint_metadata(model),
             "optimizers": optimizer_names(strategy.optimizers, model),
+            "joined": joined_layers(modules_by_name(model)),
         }
         self._sharding.save(original, checkpoint, path, **kwargs)
 

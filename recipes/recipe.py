@@ -116,10 +116,10 @@ class RecipeModule(LightningModule):
 
     @property
     def _fuses_updates(self) -> bool:
-        # Gradients that a fused optimizer unscales cannot be clipped before.
-        scaled = self._precision == "16-mixed"
+        # Under mixed precision Lightning refuses to clip gradients for fused optimizers.
+        mixed = str(self._precision).endswith("mixed")
         trained = [p for p in self.parameters() if p.requires_grad]
-        return not scaled and all(p.device.type in ("cpu", "cuda") for p in trained)
+        return not mixed and all(p.device.type in ("cpu", "cuda") for p in trained)
 
     def load_options(self) -> dict[str, Any]:
         """Return what every recipe passes on to `load_model`."""

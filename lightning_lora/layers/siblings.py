@@ -10,7 +10,7 @@ input, a changed one, a weight that is elsewhere) is computed by the layer alone
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -94,10 +94,21 @@ class Siblings:
         self.alone = None
         return True
 
+    def found(self) -> list[tuple[Any, ...]]:
+        """The groups that have been seen."""
+        if self.groups is not None:
+            return list(self.groups.values())
+        return [tuple(run) for run in self.runs if len(run) > 1]
+
+    def know(self, groups: Iterable[tuple[Any, ...]]) -> None:
+        """Join these groups from the next pass on."""
+        self.groups = {group[0]: group for group in groups}
+        self.runs, self.latest, self.alone = [], None, None
+
     def _observe(self, layer: nn.Module, x: Tensor) -> None:
         if any(layer in run for run in self.runs):
             # The second pass begins: all has been seen.
-            self.groups = {run[0]: tuple(run) for run in self.runs if len(run) > 1}
+            self.groups = {group[0]: group for group in self.found()}
             self.runs, self.latest = [], None
             return
         if self.latest is not None and self.latest() is x:
@@ -125,6 +136,36 @@ def join_siblings(layers: Iterable[nn.Module]) -> None:
             siblings = Siblings(alike)
             for layer in alike:
                 layer.__dict__["siblings"] = siblings
+
+
+def joined_layers(modules: Mapping[str, nn.Module]) -> list[list[str]]:
+    """The names of the layers that run as one, for a run that goes on elsewhere: whether they do
+    decides how sums are rounded.
+
+    Args:
+        modules: The model's modules by name.
+    """
+    names = {id(module): name for name, module in modules.items()}
+    every = {id(s): s for m in modules.values() if (s := m.__dict__.get("siblings")) is not None}
+    return [[names[id(layer)] for layer in group] for s in every.values() for group in s.found()]
+
+
+def join_layers(modules: Mapping[str, nn.Module], groups: Iterable[Iterable[str]]) -> None:
+    """Let layers run as one that did so elsewhere.
+
+    Args:
+        modules: The model's modules by name.
+        groups: What `joined_layers` has returned.
+    """
+    known: dict[int, tuple[Siblings, list[tuple[Any, ...]]]] = {}
+    for names in groups:
+        layers = tuple(modules[name] for name in names if name in modules)
+        owners = {id(s): s for m in layers if (s := m.__dict__.get("siblings")) is not None}
+        if len(owners) == 1 and len(layers) > 1:
+            ((key, siblings),) = owners.items()
+            known.setdefault(key, (siblings, []))[1].append(layers)
+    for siblings, found in known.values():
+        siblings.know(found)
 
 
 def part_siblings(layer: nn.Module) -> None:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import functional, inject_lora, merge_lora, remove_lora, unmerge_lora
+from lightning_lora.layers.siblings import join_layers, joined_layers
+from lightning_lora.names import modules_by_name
 from tests.models import hugging_face, shake
 
 
@@ -290,3 +292,19 @@ def test_a_compiled_model_is_one_graph(joined: list[int]) -> None:
     assert_same({n.removeprefix("_orig_mod."): value for n, value in found.items()}, expected)
     # The compiler sees each layer by itself.
     assert 3 not in joined
+
+
+def test_a_run_that_goes_on_elsewhere_joins_the_same_layers_at_once(joined: list[int]) -> None:
+    model = adapted()
+    assert joined_layers(modules_by_name(model)) == []
+    model(inputs()).sum().backward()
+    groups = [[f"blocks.{n}.{leaf}" for leaf in "qkv"] for n in range(2)]
+    assert joined_layers(modules_by_name(model)) == groups
+    expected = grads(model, inputs())
+    assert joined_layers(modules_by_name(model)) == groups
+    other = adapted()
+    join_layers(modules_by_name(other), [*groups, ["blocks.0.o", "gone"], ["blocks.0.q", "x"]])
+    joined.clear()
+    found = grads(other, inputs())
+    assert joined == [3, 1] * 2
+    assert all(torch.equal(found[name], value) for name, value in expected.items())

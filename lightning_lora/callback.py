@@ -12,17 +12,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
-from lightning_lora.checkpoints import (
-    explain_unreadable,
-    optimizer_names,
-    optimizer_states,
-    require_metadata,
-    require_training_state,
-)
+from lightning_lora.attachment import Attachment
 from lightning_lora.checks import (
     check_best_checkpoint,
     check_frozen_dtype,
@@ -37,22 +30,13 @@ from lightning_lora.export import announce_export, export_model
 from lightning_lora.first_batches import initialize_from_first_batches
 from lightning_lora.freezing import cast_frozen, check_dtype, freeze
 from lightning_lora.injection import inject_lora, injection_of, require_injection
-from lightning_lora.layers.siblings import join_layers, joined_layers
-from lightning_lora.names import modules_by_name
 from lightning_lora.plan import Plan
 from lightning_lora.quantization import quantize_pending
 from lightning_lora.quantized_merging import MergeReport, check_merge_base, merging_into
 from lightning_lora.resume import ExactResume
 from lightning_lora.starting import starting_state
-from lightning_lora.state import (
-    METADATA_KEY,
-    audit_metadata,
-    audit_state,
-    base_fingerprint,
-    checkpoint_metadata,
-    frozen_parameters,
-)
-from lightning_lora.strategies import Replicated, sharding_of
+from lightning_lora.state import base_fingerprint, frozen_parameters
+from lightning_lora.strategies import Replicated
 
 
 class LoRACallback(Callback):
@@ -347,91 +331,19 @@ class LoRACallback(Callback):
         self._sharding.load_state(pl_module, checkpoint["state_dict"], path)
 
     def _attach(self, strategy: Strategy) -> None:
-        """Put this callback between the Trainer and its strategy's loading and saving.
-
-        Callback hooks do not fire on every path (weights-only saves, sharded saves, models built
-        late); these methods of the strategy do. The instance is wrapped, once; classes stay as they
-        are.
-        """
         attached = strategy.__dict__.get("_lightning_lora")
         if attached is self:
             return
         if attached is not None:
             raise ConfigError("The Trainer has two LoRACallbacks; give it one.")
-        wrapped: Any = strategy
-        wrapped._lightning_lora = self
-        self._sharding = sharding_of(strategy)
-        wrapped.setup = partial(self._strategy_setup, strategy, strategy.setup)
-        wrapped.load_checkpoint = partial(self._load_checkpoint, strategy, strategy.load_checkpoint)
-        wrapped.load_model_state_dict = partial(self._load_model_state_dict, strategy)
-        wrapped.load_optimizer_state_dict = partial(
-            self._load_optimizers, strategy, strategy.load_optimizer_state_dict
-        )
-        wrapped.lightning_module_state_dict = partial(self._module_state_dict, strategy)
-        wrapped.optimizer_state = partial(self._sharding.optimizer_state, strategy.optimizer_state)
-        wrapped.save_checkpoint = partial(self._save_checkpoint, strategy, strategy.save_checkpoint)
+        strategy._lightning_lora = self  # type: ignore[attr-defined]
+        self._sharding = Attachment(strategy, self._prepare, self._check_merge).sharding
 
-    def _strategy_setup(self, strategy: Strategy, original: Any, trainer: Trainer) -> None:
-        model = _module_of(strategy)
-        self._prepare(model)
-        if self.merge_on_fit_end or self.export_dir is not None:
-            self._sharding.check_merge(model)
-            if self.merge_base == "original":
-                # Before a fit whose end would find out.
-                with merging_into(model, self.merge_base):
-                    pass
-        self._sharding.setup(original, trainer, model)
-        base_fingerprint(model)
-
-    def _load_checkpoint(
-        self, strategy: Strategy, original: Any, checkpoint_path: Any, **kwargs: Any
-    ) -> Any:
-        model = _module_of(strategy)
-        self._prepare(model)
-        with explain_unreadable(checkpoint_path):
-            checkpoint = self._sharding.read(original, checkpoint_path, **kwargs)
-        source = str(checkpoint_path)
-        # Before any part of the checkpoint reaches the model, the loops or the optimizers.
-        audit_metadata(model, require_metadata(checkpoint, source), source)
-        audit_state(model, checkpoint["state_dict"], source)
-        if model.trainer.state.fn == TrainerFn.FITTING:
-            require_training_state(checkpoint, source)
-            join_layers(modules_by_name(model), checkpoint[METADATA_KEY].get("joined", ()))
-            if self._sharding.is_sharded:
-                # Lightning leaves it to such strategies.
-                self._load_optimizers(strategy, None, checkpoint)
-        return checkpoint
-
-    def _load_model_state_dict(
-        self, strategy: Strategy, checkpoint: Any, strict: bool = True
-    ) -> None:
-        self._sharding.load_state(_module_of(strategy), checkpoint["state_dict"], "the checkpoint")
-
-    def _load_optimizers(self, strategy: Strategy, original: Any, checkpoint: Any) -> None:
-        states = optimizer_states(checkpoint, strategy.optimizers, _module_of(strategy))
-        self._sharding.load_optimizers(original, {**checkpoint, "optimizer_states": states})
-
-    def _module_state_dict(self, strategy: Strategy) -> dict[str, Any]:
-        return self._sharding.state(_module_of(strategy))
-
-    def _save_checkpoint(
-        self,
-        strategy: Strategy,
-        original: Any,
-        checkpoint: dict[str, Any],
-        path: Any,
-        **kwargs: Any,
-    ) -> None:
-        model = _module_of(strategy)
-        checkpoint[METADATA_KEY] = {
-            **checkpoint_metadata(model),
-            "optimizers": optimizer_names(strategy.optimizers, model),
-            "joined": joined_layers(modules_by_name(model)),
-        }
-        self._sharding.save(original, checkpoint, path, **kwargs)
-
-
-def _module_of(strategy: Strategy) -> LightningModule:
-    module = strategy.lightning_module
-    assert module is not None
-    return module
+    def _check_merge(self, model: LightningModule) -> None:
+        if not (self.merge_on_fit_end or self.export_dir is not None):
+            return
+        self._sharding.check_merge(model)
+        if self.merge_base == "original":
+            # Before a fit whose end would find out.
+            with merging_into(model, self.merge_base):
+                pass

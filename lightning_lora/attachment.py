@@ -1,0 +1,119 @@
+"""Between a Trainer and its strategy: an adapted model is set up, saved and loaded by the rules of
+the adapter, on every path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lightning_lora.checkpoints import (
+    explain_unreadable,
+    optimizer_names,
+    optimizer_states,
+    require_metadata,
+    require_training_state,
+)
+from lightning_lora.layers.siblings import join_layers, joined_layers
+from lightning_lora.names import modules_by_name
+from lightning_lora.state import (
+    METADATA_KEY,
+    audit_metadata,
+    audit_state,
+    base_fingerprint,
+    checkpoint_metadata,
+)
+from lightning_lora.strategies import sharding_of
+
+
+class Attachment:
+    """Wraps the methods of a strategy that set a model up, save and load it.
+
+    Callback hooks do not fire on every path (weights-only saves, sharded saves, models built late);
+    these methods do. The instance is wrapped, once; classes stay as they are.
+
+    Args:
+        strategy: The Trainer's strategy.
+        prepare: Brings the model into the state that a stage starts from: adapted, unmerged,
+            frozen.
+        check: Refuses, before the strategy wraps the model, what the end of the fit could not do.
+
+    Attributes:
+        sharding: How the strategy lays the model out.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        prepare: Callable[[LightningModule], None],
+        check: Callable[[LightningModule], None],
+    ) -> None:
+        self.sharding = sharding_of(strategy)
+        self._strategy = strategy
+        self._prepare, self._check = prepare, check
+        wrapped: Any = strategy
+        wrapped.setup = partial(self._setup, strategy.setup)
+        wrapped.load_checkpoint = partial(self._load_checkpoint, strategy.load_checkpoint)
+        wrapped.load_model_state_dict = self._load_model_state_dict
+        wrapped.load_optimizer_state_dict = partial(
+            self._load_optimizers, strategy.load_optimizer_state_dict
+        )
+        wrapped.lightning_module_state_dict = self._module_state_dict
+        wrapped.optimizer_state = partial(self.sharding.optimizer_state, strategy.optimizer_state)
+        wrapped.save_checkpoint = partial(self._save_checkpoint, strategy.save_checkpoint)
+
+    @property
+    def _model(self) -> LightningModule:
+        module = self._strategy.lightning_module
+        assert module is not None
+        return module
+
+    def _setup(self, original: Any, trainer: Trainer) -> None:
+        model = self._model
+        self._prepare(model)
+        self._check(model)
+        self.sharding.setup(original, trainer, model)
+        base_fingerprint(model)
+
+    def _load_checkpoint(self, original: Any, checkpoint_path: Any, **kwargs: Any) -> Any:
+        model = self._model
+        self._prepare(model)
+        with explain_unreadable(checkpoint_path):
+            checkpoint = self.sharding.read(original, checkpoint_path, **kwargs)
+        source = str(checkpoint_path)
+        # Before any part of the checkpoint reaches the model, the loops or the optimizers.
+        audit_metadata(model, require_metadata(checkpoint, source), source)
+        audit_state(model, checkpoint["state_dict"], source)
+        if model.trainer.state.fn == TrainerFn.FITTING:
+            require_training_state(checkpoint, source)
+            join_layers(modules_by_name(model), checkpoint[METADATA_KEY].get("joined", ()))
+            if self.sharding.is_sharded:
+                # Lightning leaves it to such strategies.
+                self._load_optimizers(None, checkpoint)
+        return checkpoint
+
+    def _load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+        self.sharding.load_state(self._model, checkpoint["state_dict"], "the checkpoint")
+
+    def _load_optimizers(self, original: Any, checkpoint: Any) -> None:
+        states = optimizer_states(checkpoint, self._strategy.optimizers, self._model)
+        self.sharding.load_optimizers(original, {**checkpoint, "optimizer_states": states})
+
+    def _module_state_dict(self) -> dict[str, Any]:
+        return self.sharding.state(self._model)
+
+    def _save_checkpoint(
+        self, original: Any, checkpoint: dict[str, Any], path: Any, **kwargs: Any
+    ) -> None:
+        model = self._model
+        checkpoint[METADATA_KEY] = {
+            **checkpoint_metadata(model),
+            "optimizers": optimizer_names(self._strategy.optimizers, model),
+            "joined": joined_layers(modules_by_name(model)),
+        }
+        self.sharding.save(original, checkpoint, path, **kwargs)

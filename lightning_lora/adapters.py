@@ -14,10 +14,10 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.directories import is_directory
 from lightning_lora.interop import read_peft_files
 from lightning_lora.matching import key_matches
+from lightning_lora.metadata import METADATA_KEY
 from lightning_lora.peft_format import from_peft_config, from_peft_tensors
 from lightning_lora.slices import Slices
 from lightning_lora.start import without_starts
-from lightning_lora.state import METADATA_KEY
 
 # Layers that keep their weight as (in, out).
 _TRANSPOSED = ("Conv1D", "Embedding")

@@ -20,14 +20,14 @@ from lightning_lora.checkpoints import (
     require_training_state,
 )
 from lightning_lora.layers.siblings import join_layers, joined_layers
-from lightning_lora.names import modules_by_name
-from lightning_lora.state import (
+from lightning_lora.metadata import (
     METADATA_KEY,
     audit_metadata,
-    audit_state,
     base_fingerprint,
     checkpoint_metadata,
 )
+from lightning_lora.names import modules_by_name
+from lightning_lora.state import audit_state
 from lightning_lora.strategies import sharding_of
 
 

@@ -30,12 +30,12 @@ from lightning_lora.export import announce_export, export_model
 from lightning_lora.first_batches import initialize_from_first_batches
 from lightning_lora.freezing import cast_frozen, check_dtype, freeze
 from lightning_lora.injection import inject_lora, injection_of, require_injection
+from lightning_lora.metadata import base_fingerprint, frozen_parameters
 from lightning_lora.plan import Plan
 from lightning_lora.quantization import quantize_pending
 from lightning_lora.quantized_merging import MergeReport, check_merge_base, merging_into
 from lightning_lora.resume import ExactResume
 from lightning_lora.starting import starting_state
-from lightning_lora.state import base_fingerprint, frozen_parameters
 from lightning_lora.strategies import Replicated
 
 

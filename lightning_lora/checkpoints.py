@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from lightning_lora.directories import is_directory, read_directory
 from lightning_lora.errors import CheckpointError
+from lightning_lora.metadata import METADATA_KEY
 from lightning_lora.names import clean_name, listed
-from lightning_lora.state import METADATA_KEY
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from lightning_lora.errors import CheckpointError
 from lightning_lora.files import replacing_directory
 from lightning_lora.injection import inject_lora, injection_of, require_injection
 from lightning_lora.merging import merge_lora, unmerge_lora
+from lightning_lora.metadata import METADATA_KEY, audit_metadata
 from lightning_lora.model_card import Card, write_card
 from lightning_lora.names import modules_by_name
 from lightning_lora.peft_format import (
@@ -32,12 +33,7 @@ from lightning_lora.plan import Plan
 from lightning_lora.removal import remove_lora
 from lightning_lora.sharded import all_wholes, is_sharded, whole
 from lightning_lora.start import keeps_start, starts
-from lightning_lora.state import (
-    METADATA_KEY,
-    adapter_state_dict,
-    audit_metadata,
-    load_adapter_state_dict,
-)
+from lightning_lora.state import adapter_state_dict, load_adapter_state_dict
 from lightning_lora.tokens import CHILD
 
 # The settings, the state, and the metadata that only checkpoints have.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import ConfigError
 from lightning_lora.injection import Injection, require_injection, restore_class, swap_class
 from lightning_lora.layers import LoRALayer
+from lightning_lora.metadata import checkpoint_metadata
 from lightning_lora.names import modules_by_name, unwrap
 from lightning_lora.plan import Target
 from lightning_lora.quantization import quantized_layers
@@ -21,7 +22,6 @@ from lightning_lora.quantized_merging import (
     unmerge_quantized,
 )
 from lightning_lora.sharded import is_sharded, local, part_of, reshard, whole, whole_factors
-from lightning_lora.state import checkpoint_metadata
 from lightning_lora.tokens import merge_tokens, unmerge_tokens
 
 

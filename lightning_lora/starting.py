@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from lightning_lora.errors import CheckpointError
 from lightning_lora.injection import require_injection
 from lightning_lora.matching import key_matches
+from lightning_lora.metadata import METADATA_KEY, audit_metadata
 from lightning_lora.names import corresponding, listed, persistent_buffers
-from lightning_lora.state import METADATA_KEY, audit_metadata, audit_state, trained_shapes
+from lightning_lora.state import audit_state, trained_shapes
 from lightning_lora.stored import StoredAdapter, read_stored_adapter
 
 

@@ -14,9 +14,9 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.directories import is_directory
 from lightning_lora.errors import CheckpointError
 from lightning_lora.interop import read_peft_files
+from lightning_lora.metadata import METADATA_KEY
 from lightning_lora.peft_format import from_peft_config, from_peft_tensors
 from lightning_lora.pretrained import model_folder
-from lightning_lora.state import METADATA_KEY
 
 
 @dataclass(frozen=True)

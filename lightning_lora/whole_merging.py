@@ -14,9 +14,10 @@ from lightning_lora.errors import CheckpointError, LightningLoRAError
 from lightning_lora.export import untied_config, without_progress_bar
 from lightning_lora.injection import inject_lora
 from lightning_lora.merging import merge_lora
+from lightning_lora.metadata import audit_metadata
 from lightning_lora.names import listed
 from lightning_lora.skeleton import Skeleton, around
-from lightning_lora.state import audit_metadata, load_adapter_state_dict, trained_shapes
+from lightning_lora.state import load_adapter_state_dict, trained_shapes
 from lightning_lora.stored import StoredAdapter
 
 

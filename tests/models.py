@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora import inject_lora
 from lightning_lora.layers import LoRAFactors
 
 
@@ -88,6 +89,16 @@ def shake(model: nn.Module, seed: int = 1) -> None:
                 for factor in (module.A, module.B):
                     values = torch.randn(factor.shape, generator=generator, dtype=torch.float64)
                     factor.copy_(0.3 * values)
+
+
+def adapted(make: Any = mlp, seed: int = 1, **settings: Any) -> nn.Module:
+    """A model of the same base each time, with factors that have an effect."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: nn.Module = make()
+    inject_lora(model, **{"r": 2, "alpha": 6, "seed": seed, **settings})
+    shake(model, seed)
+    return model
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_lora import adapter_state_dict, inject_lora, save_adapter
+from lightning_lora import adapter_state_dict, save_adapter
 from lightning_lora.adapters import Factors, labels_of, read_adapter
 from lightning_lora.analysis import (
     against_base,
@@ -31,11 +31,11 @@ from lightning_lora.analysis import (
 )
 from lightning_lora.base_weights import BaseWeights
 from lightning_lora.errors import CheckpointError
+from lightning_lora.metadata import checkpoint_metadata
 from lightning_lora.names import corresponding
-from lightning_lora.state import checkpoint_metadata
 from lightning_lora.study import SIDES, make_study
 from lightning_lora.study_files import mean_rows, write_study
-from tests.models import AttentionNet, TiedHead, hugging_face, mlp, shake
+from tests.models import AttentionNet, TiedHead, adapted, hugging_face, mlp
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -54,15 +54,6 @@ def checkpoint(model: nn.Module, path: Path, **more: Any) -> Path:
     }
     torch.save({**content, **more}, path)
     return path
-
-
-def adapted(make: Any = mlp, seed: int = 1, **settings: Any) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model: nn.Module = make()
-    inject_lora(model, **{"r": 2, "alpha": 6, "seed": seed, **settings})
-    shake(model, seed)
-    return model
 
 
 @pytest.mark.parametrize(("out", "r", "width"), [(12, 3, 9), (4, 6, 20), (5, 8, 3)])

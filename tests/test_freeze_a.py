@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_lora import adapter_state_dict, inject_lora, load_adapter, merge_lora, save_adapter
 from lightning_lora.layers import LoRAFactors
-from lightning_lora.state import base_fingerprint
+from lightning_lora.metadata import base_fingerprint
 from tests.models import assert_same, hugging_face, shake, snapshot
 from tests.modules import PlainClassifier, make_lora, make_trainer
 from tests.quantized import quantized_mlp

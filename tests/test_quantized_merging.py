@@ -21,8 +21,8 @@ from lightning_lora import (
     unmerge_lora,
 )
 from lightning_lora.errors import ConfigError
+from lightning_lora.metadata import base_fingerprint
 from lightning_lora.quantization import dequantized, quantized_layers
-from lightning_lora.state import base_fingerprint
 from tests.models import hugging_face, shake
 from tests.quantized import KINDS, any_bits, plain_mlp, quantized_hugging_face, quantized_mlp
 

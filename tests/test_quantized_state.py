@@ -12,7 +12,7 @@ from torch import nn
 from lightning_lora import adapter_state_dict, inject_lora, load_adapter_state_dict
 from lightning_lora.errors import CheckpointError
 from lightning_lora.fingerprint import Packed, fingerprint
-from lightning_lora.state import audit_metadata, base_fingerprint, checkpoint_metadata
+from lightning_lora.metadata import audit_metadata, base_fingerprint, checkpoint_metadata
 from tests.models import shake
 from tests.quantized import KINDS, plain_mlp, quantized_mlp
 

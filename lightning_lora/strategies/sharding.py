@@ -19,6 +19,7 @@ from lightning_lora.errors import ConfigError
 from lightning_lora.injection import require_injection
 from lightning_lora.magnitudes import measuring
 from lightning_lora.merging import merge_lora, refuse_ties, unmerge_lora
+from lightning_lora.metadata import base_fingerprint, frozen_parameters
 from lightning_lora.names import clean_name
 from lightning_lora.pretrained import fill_parameters
 from lightning_lora.quantization import quantized_layers
@@ -32,12 +33,7 @@ from lightning_lora.sharded import (
     shard_from,
     whole,
 )
-from lightning_lora.state import (
-    adapter_state_dict,
-    base_fingerprint,
-    frozen_parameters,
-    load_adapter_state_dict,
-)
+from lightning_lora.state import adapter_state_dict, load_adapter_state_dict
 
 
 class Replicated:

@@ -24,8 +24,8 @@ from lightning_lora import (
     unmerge_lora,
 )
 from lightning_lora.errors import CheckpointError, ConfigError
+from lightning_lora.metadata import base_fingerprint
 from lightning_lora.quantization import dequantized, keep_trainable, quantized_layers
-from lightning_lora.state import base_fingerprint
 from tests.models import shake
 from tests.modules import PlainClassifier, make_lora, make_trainer
 from tests.quantized import any_bits, quantized_hugging_face, quantized_mlp

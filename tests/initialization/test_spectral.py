@@ -27,7 +27,7 @@ from lightning_lora.adapters import read_adapter
 from lightning_lora.errors import CheckpointError, ConfigError
 from lightning_lora.initialization.spectral import sketched_factors
 from lightning_lora.layers import LoRAFactors
-from lightning_lora.state import base_fingerprint
+from lightning_lora.metadata import base_fingerprint
 from tests.models import assert_same, hugging_face, snapshot
 from tests.modules import PlainClassifier, base_network, make_lora, make_trainer
 from tests.quantized import quantized_mlp

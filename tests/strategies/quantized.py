@@ -13,9 +13,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_lora import LoRACallback, unmerge_lora
+from lightning_lora.metadata import base_fingerprint
 from lightning_lora.quantization import dequantized, quantized_layers
 from lightning_lora.sharded import whole
-from lightning_lora.state import base_fingerprint
 from tests.quantized import quantized
 from tests.strategies.scenarios import SAVE_AT, Model, Scenario
 

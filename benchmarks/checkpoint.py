@@ -2,7 +2,8 @@
 
     python -m benchmarks.checkpoint [--rounds 7]
 
-The adapter has the same number of parameters on both bases: it sits in the last two blocks.
+The adapter has the same number of parameters on both bases: it sits in the last two blocks. PEFT
+saves and loads the same adapter in the same rounds, through its own functions.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +42,22 @@ class Module(LightningModule):
         return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=1e-4)
 
 
+def peft_like(layers: int, targets: str) -> Any:
+    """A PEFT model with the adapter of the same layers."""
+    import peft
+
+    config = peft.LoraConfig(r=R, lora_alpha=ALPHA, target_modules=targets)
+    return peft.get_peft_model(llama(layers), config)
+
+
 def measure(layers: int, rounds: int, folder: Path) -> dict[str, float]:
     last = "|".join(str(index) for index in range(layers - 2, layers))
+    layer_names = rf"model\.layers\.({last})\..*_proj"
     module = Module(layers)
     callback = LoRACallback(
         r=R,
         alpha=ALPHA,
-        target_modules=rf"model\.model\.layers\.({last})\..*_proj",
+        target_modules=rf"model\.{layer_names}",
         verbose=False,
         merge_on_fit_end=False,
     )
@@ -62,14 +73,19 @@ def measure(layers: int, rounds: int, folder: Path) -> dict[str, float]:
     trainer.fit(module)
     path = folder / f"{layers}.ckpt"
     trained = [p for p in module.parameters() if p.requires_grad]
-    saved, loaded = [], []
+    peer = peft_like(layers, layer_names)
+    actions: dict[str, Callable[[], object]] = {
+        "save": lambda: trainer.save_checkpoint(path, weights_only=True),
+        "load": lambda: load_adapter(module, path),
+        "PEFT save": lambda: peer.save_pretrained(folder / "peft"),
+        "PEFT load": lambda: peer.load_adapter(folder / "peft", adapter_name="default"),
+    }
+    times: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(rounds + 1):
-        start = time.perf_counter()
-        trainer.save_checkpoint(path, weights_only=True)
-        saved.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        load_adapter(module, path)
-        loaded.append(time.perf_counter() - start)
+        for name, action in actions.items():
+            start = time.perf_counter()
+            action()
+            times[name].append(time.perf_counter() - start)
     return {
         "base MB": sum(p.nbytes for p in module.parameters() if not p.requires_grad) / 1e6,
         "trained bytes": sum(p.nbytes for p in trained),
@@ -77,8 +93,7 @@ def measure(layers: int, rounds: int, folder: Path) -> dict[str, float]:
             t.nbytes for t in torch.load(path, weights_only=True)["state_dict"].values()
         ),
         "file bytes": path.stat().st_size,
-        "save ms": 1000 * statistics.median(saved[1:]),
-        "load ms": 1000 * statistics.median(loaded[1:]),
+        **{f"{name} ms": 1000 * statistics.median(own[1:]) for name, own in times.items()},
     }
 
 

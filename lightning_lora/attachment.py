@@ -111,9 +111,10 @@ class Attachment:
         self, original: Any, checkpoint: dict[str, Any], path: Any, **kwargs: Any
     ) -> None:
         model = self._model
+        modules = modules_by_name(model)
         checkpoint[METADATA_KEY] = {
             **checkpoint_metadata(model),
-            "optimizers": optimizer_names(self._strategy.optimizers, model),
-            "joined": joined_layers(modules_by_name(model)),
+            "optimizers": optimizer_names(self._strategy.optimizers, modules),
+            "joined": joined_layers(modules),
         }
         self.sharding.save(original, checkpoint, path, **kwargs)

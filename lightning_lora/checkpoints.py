@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_lora.directories import is_directory, read_directory
 from lightning_lora.errors import CheckpointError
 from lightning_lora.metadata import METADATA_KEY
-from lightning_lora.names import clean_name, listed
+from lightning_lora.names import listed, modules_by_name, parameters_of
 
 
 @contextmanager
@@ -97,9 +97,16 @@ def require_training_state(checkpoint: Mapping[str, Any], source: str) -> None:
         )
 
 
-def optimizer_names(optimizers: Sequence[Optimizer], model: nn.Module) -> list[list[list[str]]]:
-    """The names of the parameters in each group of each optimizer, in order."""
-    names = {id(parameter): clean_name(name) for name, parameter in model.named_parameters()}
+def optimizer_names(
+    optimizers: Sequence[Optimizer], modules: Mapping[str, nn.Module]
+) -> list[list[list[str]]]:
+    """The names of the parameters in each group of each optimizer, in order.
+
+    Args:
+        optimizers: The optimizers.
+        modules: The model's modules by name.
+    """
+    names = {id(parameter): name for name, parameter in parameters_of(modules).items()}
     return [
         [[names.get(id(p), "?") for p in group["params"]] for group in optimizer.param_groups]
         for optimizer in optimizers
@@ -128,7 +135,8 @@ def optimizer_states(
     if saved is None:
         return list(states)
     found = []
-    for state, groups, names in zip(states, saved, optimizer_names(optimizers, model), strict=True):
+    now = optimizer_names(optimizers, modules_by_name(model))
+    for state, groups, names in zip(states, saved, now, strict=True):
         if list(map(sorted, groups)) != list(map(sorted, names)):
             raise CheckpointError(_other_parameters(groups, names))
         places = dict(

@@ -41,16 +41,17 @@ _SHAPING = (
 def checkpoint_metadata(model: nn.Module) -> dict[str, Any]:
     """What a checkpoint says about its adapter, in primitives."""
     record = require_injection(model)
+    modules = modules_by_name(model)
     return {
         "version": FORMAT_VERSION,
         "config": record.config.to_dict(),
         "targets": {t.name: _described(t) for t in record.plan.targets},
         "base": {
             "fingerprint": base_fingerprint(model),
-            "name_or_path": _name_or_path(model),
+            "name_or_path": _name_or_path(modules),
             "parameters": record.plan.base_parameters,
             "quantization": _quantization(model, record),
-            "model": model_record(model, trained_shapes(record)),
+            "model": model_record(modules, trained_shapes(record)),
         },
     }
 
@@ -217,8 +218,8 @@ def _fingerprinted(model: nn.Module, without: Iterable[str] = ()) -> Iterator[Te
 def frozen_parameters(model: nn.Module) -> Iterator[Tensor]:
     """The frozen base in the order of the model, as it is without a merge."""
     record = require_injection(model)
-    trained = {id(parameter) for parameter in trained_parameters(model, record).values()}
     modules = modules_by_name(model)
+    trained = {id(parameter) for parameter in trained_parameters(modules, record).values()}
     # While merged, the weight of a layer may be a parameter of its own, untied from the original.
     originals = {
         id(getattr(modules[name.rpartition(".")[0]], name.rpartition(".")[-1])): original
@@ -232,13 +233,16 @@ def frozen_parameters(model: nn.Module) -> Iterator[Tensor]:
             yield value
 
 
-def _name_or_path(model: nn.Module) -> str:
-    for module in model.modules():
-        config = getattr(module, "config", None)
+def _name_or_path(modules: Mapping[str, nn.Module]) -> str:
+    for module in modules.values():
+        # Its own attribute alone: to find that a module has none takes long where there are many.
+        config = module.__dict__.get("config")
+        if config is None:
+            continue
         name = getattr(config, "_name_or_path", None) or getattr(config, "name_or_path", None)
         if isinstance(name, str) and name:
             return name
-    return type(model).__name__
+    return type(modules[""]).__name__
 
 
 def _base(base: Mapping[str, Any]) -> str:

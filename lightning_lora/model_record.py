@@ -6,15 +6,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_lora.layers import LoRAFactors
-from lightning_lora.names import clean_name, modules_by_name
-from lightning_lora.quantization import quantized_layers
+from lightning_lora.names import modules_by_name, parameters_of
+from lightning_lora.quantization import quantized_kinds
 
 
 def hugging_face_part(module: nn.Module, trained: Collection[str]) -> str | None:
@@ -24,18 +24,25 @@ def hugging_face_part(module: nn.Module, trained: Collection[str]) -> str | None
         module: A model, or a module around one.
         trained: Names of the trained tensors.
     """
-    for name, child in modules_by_name(module).items():
-        is_model = hasattr(child, "save_pretrained") and hasattr(child, "config")
+    return _part(modules_by_name(module), trained)
+
+
+def _part(modules: Mapping[str, nn.Module], trained: Collection[str]) -> str | None:
+    for name, child in modules.items():
+        # By its class: a module looks for a name that it does not have in many places.
+        is_model = hasattr(type(child), "save_pretrained") and hasattr(child, "config")
         if is_model and all(key.startswith(f"{name}." if name else "") for key in trained):
             return name
     return None
 
 
-def model_record(module: nn.Module, trained: Collection[str]) -> dict[str, Any] | None:
+def model_record(
+    modules: Mapping[str, nn.Module], trained: Collection[str]
+) -> dict[str, Any] | None:
     """Class, config and dtypes of the Hugging Face model that was adapted, in primitives.
 
     Args:
-        module: A model, or a module around one; adapted and not merged.
+        modules: The modules of a model, or of a module around one, by name; adapted and not merged.
         trained: Names of the trained tensors.
 
     Returns:
@@ -43,21 +50,26 @@ def model_record(module: nn.Module, trained: Collection[str]) -> dict[str, Any] 
         quantization), ``dtype`` (of most matrices) and ``other_dtypes`` (names of parameters below
         the part, by dtype); ``None`` where there is no such model.
     """
-    part = hugging_face_part(module, trained)
+    part = _part(modules, trained)
     if part is None:
         return None
-    model: Any = modules_by_name(module)[part]
+    model: Any = modules[part]
     if not hasattr(model.config, "to_json_string"):
         return None
     config = json.loads(model.config.to_json_string(use_diff=True))
     for key in ("quantization_config", "transformers_version"):
         config.pop(key, None)
-    dtypes = _dtypes(model)
-    common = _most_common(model, dtypes)
+    prefix = f"{part}." if part else ""
+    parameters = {
+        name.removeprefix(prefix): parameter
+        for name, parameter in _unquantized(modules).items()
+        if name.startswith(prefix)
+    }
+    common = _most_common(parameters.values())
     others: dict[str, list[str]] = {}
-    for name, dtype in dtypes.items():
-        if dtype != common:
-            others.setdefault(_name_of(dtype), []).append(name)
+    for name, parameter in parameters.items():
+        if parameter.dtype != common:
+            others.setdefault(_name_of(parameter.dtype), []).append(name)
     return {
         "part": part,
         "class": type(model).__name__.removeprefix("FSDP"),
@@ -78,30 +90,28 @@ def dtype_named(name: str) -> torch.dtype:
     return dtype
 
 
-def _dtypes(model: nn.Module) -> dict[str, torch.dtype]:
-    """Dtypes of the parameters that are neither factors nor in a quantized layer."""
+def _unquantized(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """The floating-point parameters that are neither factors nor in a quantized layer."""
+    kinds = (LoRAFactors, *quantized_kinds())
     left_out = {
-        id(p)
-        for layer in [
-            *(m for m in model.modules() if isinstance(m, LoRAFactors)),
-            *quantized_layers(model).values(),
-        ]
-        for p in layer.parameters()
+        id(parameter)
+        for module in modules.values()
+        if isinstance(module, kinds)
+        for parameter in module.parameters()
     }
     return {
-        clean_name(name): parameter.dtype
-        for name, parameter in model.named_parameters()
+        name: parameter
+        for name, parameter in parameters_of(modules).items()
         if id(parameter) not in left_out and parameter.is_floating_point()
     }
 
 
-def _most_common(model: nn.Module, dtypes: dict[str, torch.dtype]) -> torch.dtype:
+def _most_common(parameters: Iterable[nn.Parameter]) -> torch.dtype:
     matrices: Counter[torch.dtype] = Counter()
     vectors: Counter[torch.dtype] = Counter()
-    for name, parameter in model.named_parameters():
-        dtype = dtypes.get(clean_name(name))
-        if dtype is not None:
-            (matrices if parameter.ndim > 1 else vectors)[dtype] += parameter.numel()
+    for parameter in parameters:
+        counted = matrices if parameter.ndim > 1 else vectors
+        counted[parameter.dtype] += parameter.numel()
     common = (matrices or vectors).most_common(1)
     return common[0][0] if common else torch.float32
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -86,7 +86,40 @@ def shortened(layers: Sequence[str]) -> list[str]:
 
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
     """Every module once, under its clean name; in the place of a wrapper stands what it wraps."""
-    return {clean_name(name): module for name, module in model.named_modules()}
+    return dict(_walk(model))
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    # What named_modules does, without nested generators: checkpoints of small adapters on large
+    # bases would spend most of their time there.
+    seen = set()
+    left: list[tuple[str, nn.Module]] = [("", model)]
+    while left:
+        name, module = left.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        yield name, module
+        prefix = f"{name}." if name else ""
+        for key, child in reversed(module._modules.items()):
+            if child is not None:
+                left.append((name if key in _WRAPPERS else prefix + key, child))
+
+
+def parameters_of(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Every parameter once, by its clean name.
+
+    Args:
+        modules: The model's modules by name.
+    """
+    seen = set()
+    found = {}
+    for name, module in modules.items():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                found[f"{name}.{key}" if name else key] = parameter
+    return found
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -98,11 +131,19 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
-def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that a state dict holds, by name."""
+def persistent_buffers(
+    model: nn.Module, modules: Mapping[str, nn.Module] | None = None
+) -> dict[str, Tensor]:
+    """The buffers that a state dict holds, by name.
+
+    Args:
+        model: The model.
+        modules: Its modules by name, where they are known.
+    """
     return {
         f"{name}.{key}" if name else key: buffer
-        for name, module in modules_by_name(model).items()
+        for name, module in (modules or modules_by_name(model)).items()
+        if module._buffers
         for key, buffer in module._buffers.items()
         if buffer is not None
         and key not in module._non_persistent_buffers_set

@@ -23,11 +23,17 @@ _Layer = Any
 
 def quantized_layers(model: nn.Module) -> dict[str, _Layer]:
     """The ``Linear4bit`` and ``Linear8bitLt`` modules of a model, by name."""
+    if not (kinds := quantized_kinds()):
+        return {}
+    return {n: m for n, m in modules_by_name(model).items() if isinstance(m, kinds)}
+
+
+def quantized_kinds() -> tuple[type[nn.Module], ...]:
+    """``Linear4bit`` and ``Linear8bitLt``; none where bitsandbytes has not been imported."""
     bitsandbytes = sys.modules.get("bitsandbytes")
     if bitsandbytes is None:
-        return {}
-    kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
-    return {n: m for n, m in modules_by_name(model).items() if isinstance(m, kinds)}
+        return ()
+    return bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt
 
 
 def is_4bit(layer: _Layer) -> bool:

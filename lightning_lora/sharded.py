@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lightning_lora.names import modules_by_name
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -143,10 +146,15 @@ def has_other_layout(tensor: Tensor) -> bool:
     )
 
 
+@cache
+def _is_unit(kind: type[nn.Module]) -> bool:
+    return hasattr(kind, "reshard") and hasattr(kind, "unshard")
+
+
 def reshard(model: nn.Module) -> None:
     """Put the shards back in the place of parameters that a forward pass has gathered."""
-    for module in model.modules():
-        if hasattr(module, "reshard") and hasattr(module, "unshard"):
+    for module in modules_by_name(model).values():
+        if _is_unit(type(module)):
             module.reshard()  # type: ignore[operator]
 
 

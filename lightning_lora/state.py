@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import CheckpointError, ConfigError
 from lightning_lora.initialization import restore_rounds
 from lightning_lora.injection import Injection, persistent_buffers, require_injection
-from lightning_lora.names import clean_name, listed
+from lightning_lora.names import listed, modules_by_name
 from lightning_lora.sharded import reshard, write
 from lightning_lora.tokens import CHILD
 
@@ -33,11 +33,13 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     record = require_injection(model)
     reshard(model)
+    modules = modules_by_name(model)
     state = {
-        name: parameter.detach() for name, parameter in trained_parameters(model, record).items()
+        name: parameter.detach() for name, parameter in trained_parameters(modules, record).items()
     }
-    required = _required_buffers(model, record)
-    for name, buffer in persistent_buffers(model).items():
+    buffers = persistent_buffers(model, modules)
+    required = _required_buffers(buffers, record)
+    for name, buffer in buffers.items():
         before = record.buffers.get(name)
         if name in required or before is None or not _same(before, buffer):
             state[name] = buffer.detach()
@@ -66,8 +68,9 @@ def load_adapter_state_dict(
     audit_state(model, state, source)
     reshard(model)
     restore_rounds(model, record.plan, record.originals, state, source)
-    buffers = persistent_buffers(model)
-    for name, tensor in {**trained_parameters(model, record), **buffers}.items():
+    modules = modules_by_name(model)
+    buffers = persistent_buffers(model, modules)
+    for name, tensor in {**trained_parameters(modules, record), **buffers}.items():
         if name in state:
             write(tensor, state[name])
         elif name in record.buffers:
@@ -81,10 +84,13 @@ def audit_state(model: nn.Module, state: Mapping[str, Tensor], source: str = "th
         CheckpointError: What is missing, unexpected or of another shape, and what to do about it.
     """
     record = require_injection(model)
-    buffers = {name: tuple(buffer.shape) for name, buffer in persistent_buffers(model).items()}
+    modules = modules_by_name(model)
+    buffers = {
+        name: tuple(buffer.shape) for name, buffer in persistent_buffers(model, modules).items()
+    }
     shapes = trained_shapes(record)
-    expected = {name: shapes[name] for name in trained_parameters(model, record)}
-    expected.update({name: buffers[name] for name in _required_buffers(model, record)})
+    expected = {name: shapes[name] for name in trained_parameters(modules, record)}
+    expected.update({name: buffers[name] for name in _required_buffers(buffers, record)})
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected and name not in buffers]
     misshapen = [
@@ -129,11 +135,21 @@ def trained_shapes(record: Injection) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def trained_parameters(model: nn.Module, record: Injection) -> dict[str, nn.Parameter]:
-    """The parameters of `trained_shapes`, by their clean names."""
-    names = trained_shapes(record)
-    cleaned = ((clean_name(name), parameter) for name, parameter in model.named_parameters())
-    found = {name: parameter for name, parameter in cleaned if name in names}
+def trained_parameters(
+    modules: Mapping[str, nn.Module], record: Injection
+) -> dict[str, nn.Parameter]:
+    """The parameters of `trained_shapes` that the model has.
+
+    Args:
+        modules: The model's modules by name.
+        record: What was injected.
+    """
+    found = {}
+    for name in trained_shapes(record):
+        owner, _, leaf = name.rpartition(".")
+        parameter = modules[owner]._parameters.get(leaf) if owner in modules else None
+        if parameter is not None:
+            found[name] = parameter
     for name, layer in record.replaced.items():
         # A merge may have put a copy in another dtype in the place of a bias that trains.
         if layer.bias is not None and f"{name}.bias" in found:
@@ -146,6 +162,6 @@ def _same(before: Tensor, now: Tensor) -> bool:
     return torch.equal(before.to(now.dtype), now.to(before.device))
 
 
-def _required_buffers(model: nn.Module, record: Injection) -> set[str]:
+def _required_buffers(buffers: Iterable[str], record: Injection) -> set[str]:
     owners = {name.rpartition(".")[0] for name in (p.name for p in record.plan.trained)}
-    return {name for name in persistent_buffers(model) if name.rpartition(".")[0] in owners}
+    return {name for name in buffers if name.rpartition(".")[0] in owners}

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_lora.checkpoints import optimizer_names, optimizer_states
 from lightning_lora.errors import CheckpointError
+from lightning_lora.names import modules_by_name
 from tests.models import mlp
 
 
@@ -25,7 +26,7 @@ def adam(model: nn.Module, *groups: list[str]) -> torch.optim.Optimizer:
 def saved(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {
         "optimizer_states": [optimizer.state_dict()],
-        "lightning_lora": {"optimizers": optimizer_names([optimizer], model)},
+        "lightning_lora": {"optimizers": optimizer_names([optimizer], modules_by_name(model))},
     }
 
 

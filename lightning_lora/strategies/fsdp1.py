@@ -129,7 +129,7 @@ class FlatSharded(Sharded):
         if not by_name:
             return {}
         states = {clean_name(name): state for name, state in by_name["state"].items()}
-        (groups,) = optimizer_names([optimizer], self.strategy.lightning_module)
+        (groups,) = optimizer_names([optimizer], modules_by_name(self.strategy.lightning_module))
         numbers = {name: n for n, name in enumerate(name for group in groups for name in group)}
         return {
             "state": {numbers[name]: state for name, state in states.items()},

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from lightning_lora.fingerprint import fingerprint
 from lightning_lora.names import persistent_buffers
-from lightning_lora.pretrained import StoredTensors
 from lightning_lora.skeleton import Skeleton
 from lightning_lora.state import trained_shapes
+from lightning_lora.weight_files import StoredTensors
 
 # What belongs to a model beside its weights and configs.
 _SIDE_FILES = (

@@ -19,13 +19,14 @@ from lightning_lora.files import replacing_file
 from lightning_lora.foreign import ForeignAdapter, common_rank, read_foreign
 from lightning_lora.metadata import METADATA_KEY, checkpoint_metadata
 from lightning_lora.names import corresponding, listed, modules_by_name
+from lightning_lora.on_meta import model_on_meta
 from lightning_lora.plan import Plan
-from lightning_lora.pretrained import StoredTensors, model_on_meta, weight_places
 from lightning_lora.skeleton import Skeleton, build_skeleton, class_and_config
 from lightning_lora.state import trained_shapes
 from lightning_lora.stored import StoredAdapter, base_folder, read_stored_adapter
 from lightning_lora.targeting import make_plan
 from lightning_lora.trained import is_norm
+from lightning_lora.weight_files import StoredTensors, weight_places
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,10 @@ from lightning_lora.files import replacing_directory
 from lightning_lora.layerwise import Merge, read_base, untie, write_layers
 from lightning_lora.merging import factors_are_finite
 from lightning_lora.names import listed, modules_by_name
-from lightning_lora.pretrained import NotPlainlyStoredError, weight_places
 from lightning_lora.skeleton import Skeleton, build_skeleton
 from lightning_lora.state import trained_shapes
 from lightning_lora.stored import StoredAdapter, base_folder, read_stored_adapter
+from lightning_lora.weight_files import NotPlainlyStoredError, weight_places
 from lightning_lora.whole_merging import load_whole, save_whole
 
 _UNKNOWN = "not checked: PEFT's format records no fingerprint of the base"

@@ -23,7 +23,6 @@ from lightning_lora.functional import delta_weight
 from lightning_lora.injection import Injection, Replaced
 from lightning_lora.layers import LoRAFactors, Masters
 from lightning_lora.names import listed, modules_by_name
-from lightning_lora.pretrained import stored_weights
 from lightning_lora.quantization import (
     as_linear,
     dequantized,
@@ -35,6 +34,7 @@ from lightning_lora.quantization import (
 )
 from lightning_lora.sharded import is_sharded, local, whole, whole_factors, write
 from lightning_lora.tables import as_text
+from lightning_lora.weight_files import stored_weights
 
 if TYPE_CHECKING:
     from rich.table import Table

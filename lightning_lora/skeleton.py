@@ -17,7 +17,7 @@ from lightning_lora.errors import CheckpointError, LightningLoRAError
 from lightning_lora.injection import Injection, inject_lora, require_injection
 from lightning_lora.model_record import dtype_named
 from lightning_lora.names import listed, modules_by_name
-from lightning_lora.pretrained import model_on_meta
+from lightning_lora.on_meta import model_on_meta
 from lightning_lora.state import audit_state
 from lightning_lora.stored import StoredAdapter
 

@@ -16,7 +16,7 @@ from lightning_lora.errors import CheckpointError
 from lightning_lora.interop import read_peft_files
 from lightning_lora.metadata import METADATA_KEY
 from lightning_lora.peft_format import from_peft_config, from_peft_tensors
-from lightning_lora.pretrained import model_folder
+from lightning_lora.weight_files import model_folder
 
 
 @dataclass(frozen=True)

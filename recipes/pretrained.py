@@ -16,9 +16,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_lora.errors import ConfigError, DataError, LightningLoRAError
-from lightning_lora.pretrained import NotPlainlyStoredError, missing_parameters, pretrained_on_meta
+from lightning_lora.pretrained import missing_parameters, pretrained_on_meta
 from lightning_lora.recipes.files import BUNDLED, nearest, resolve_path
 from lightning_lora.recipes.quantization import Quantization, quantization_config
+from lightning_lora.weight_files import NotPlainlyStoredError
 
 # RoBERTa's relatives number positions from the padding index on and so take fewer tokens than
 # their table of positions has rows.

@@ -12,12 +12,8 @@ from transformers import AutoModelForSequenceClassification
 
 from lightning_lora import inject_lora
 from lightning_lora.errors import ConfigError
-from lightning_lora.pretrained import (
-    NotPlainlyStoredError,
-    fill_parameters,
-    missing_parameters,
-    pretrained_on_meta,
-)
+from lightning_lora.pretrained import fill_parameters, missing_parameters, pretrained_on_meta
+from lightning_lora.weight_files import NotPlainlyStoredError
 from tests.models import assert_same, hugging_face, snapshot
 
 CPU = torch.device("cpu")

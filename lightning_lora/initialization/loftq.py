@@ -19,7 +19,6 @@ from lightning_lora.errors import CheckpointError, ConfigError
 from lightning_lora.layers import LoRAFactors
 from lightning_lora.names import listed
 from lightning_lora.plan import Plan
-from lightning_lora.pretrained import stored_weights
 from lightning_lora.quantization import (
     as_linear,
     dequantized,
@@ -30,6 +29,7 @@ from lightning_lora.quantization import (
 )
 from lightning_lora.sharded import is_sharded, whole
 from lightning_lora.start import PRIOR
+from lightning_lora.weight_files import stored_weights
 
 _Originals = dict[str, nn.Parameter]
 

@@ -13,7 +13,7 @@ from lightning_lora.checkpoints import read_checkpoint
 from lightning_lora.config import LoRAConfig
 from lightning_lora.directories import is_directory
 from lightning_lora.interop import read_peft_files
-from lightning_lora.matching import key_matches
+from lightning_lora.matching import value_for
 from lightning_lora.metadata import METADATA_KEY
 from lightning_lora.peft_format import from_peft_config, from_peft_tensors
 from lightning_lora.slices import Slices
@@ -164,20 +164,14 @@ def _from_peft(path: Path) -> Adapter:
     config = from_peft_config(values, state, str(path))
     targets = {}
     for name in (key.removesuffix(".lora.A") for key in state if key.endswith(".lora.A")):
-        r = _by_key(config.rank_pattern, name, config.r)
-        alpha = _by_key(config.alpha_pattern, name, config.alpha)
+        r = value_for(config.rank_pattern, name, config.r)
+        alpha = value_for(config.alpha_pattern, name, config.alpha)
         targets[name] = {"r": r, "alpha": alpha, "scaling": config.scaling(r, alpha)}
         if values.get("fan_in_fan_out"):
             targets[name]["kind"] = "Conv1D"
     factors, left_out = _factors(state, targets)
     base = {"name_or_path": values.get("base_model_name_or_path") or "unknown"}
     return Adapter(path, "PEFT folder", config, base, {}, state, factors, left_out)
-
-
-def _by_key(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    return next(
-        (value for key, value in (pattern or {}).items() if key_matches(key, name)), default
-    )
 
 
 def _factors(

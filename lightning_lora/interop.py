@@ -23,6 +23,7 @@ from lightning_lora.merging import merge_lora, unmerge_lora
 from lightning_lora.metadata import METADATA_KEY, audit_metadata
 from lightning_lora.model_card import Card, write_card
 from lightning_lora.names import modules_by_name
+from lightning_lora.peft_convolutions import grouped_from_peft
 from lightning_lora.peft_format import (
     from_peft_config,
     from_peft_tensors,
@@ -191,7 +192,7 @@ def load_source(model: nn.Module, adapter: Source, source: str, strict_base: boo
 def read_source(path: Path, model: nn.Module) -> Source:
     """The first half of `load_adapter`: read an adapter from disk, without changing the model."""
     if path.is_dir() and not is_directory(path):
-        return _read_peft(path)
+        return _read_peft(path, model)
     checkpoint = read_checkpoint(path)
     metadata = checkpoint[METADATA_KEY]
     # Without adapted layers, by what trains itself.
@@ -207,10 +208,12 @@ def read_source(path: Path, model: nn.Module) -> Source:
     return settings, state, {**metadata, "targets": targets, "base": base}
 
 
-def _read_peft(path: Path) -> Source:
-    config, tensors = read_peft_files(path)
+def _read_peft(path: Path, model: nn.Module) -> Source:
+    values, tensors = read_peft_files(path)
     state = from_peft_tensors(tensors)
-    return from_peft_config(config, state, str(path)), state, None
+    config = from_peft_config(values, state, str(path))
+    config, state = grouped_from_peft(modules_by_name(model), config, state, str(path))
+    return config, state, None
 
 
 def read_peft_files(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+N = TypeVar("N", int, float)
 
 # Last components of the names of W_q and W_v in the architectures whose projections stand apart.
 QUERY_VALUE_NAMES = frozenset(
@@ -58,6 +61,13 @@ def key_matches(key: str, name: str) -> bool:
     True
     """
     return re.fullmatch(rf"(?:.*\.)?(?:{key})", name) is not None
+
+
+def value_for(pattern: Mapping[str, N] | None, name: str, default: N) -> N:
+    """What ``rank_pattern`` or ``alpha_pattern`` gives a layer: the value of the first key that
+    fits.
+    """
+    return next((v for key, v in (pattern or {}).items() if key_matches(key, name)), default)
 
 
 def pattern_matches(patterns: str | Iterable[str], name: str) -> list[str]:

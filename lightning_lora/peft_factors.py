@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from lightning_lora.errors import CheckpointError
 from lightning_lora.layers import LoRAExperts, adapted_class
+from lightning_lora.peft_convolutions import over_all_channels
 from lightning_lora.plan import Target, TokenTarget
 
 # Where PEFT keeps the rows of an embedding that train, behind the name of the embedding.
@@ -128,7 +129,7 @@ def peft_factors(
     if slices is not None and leaf == "B":
         value = slices.spread(value)
     if isinstance(module, _ConvNd) and leaf == "A":
-        value = _over_all_channels(value, module.groups)
+        value = over_all_channels(value, module.groups)
     embedding = isinstance(module, nn.Embedding)
     yield f"lora_embedding_{leaf}" if embedding else f"lora_{leaf}.weight", value
 
@@ -181,14 +182,3 @@ def without_effect(module: nn.Module, target: Target) -> dict[str, Tensor]:
         "A": torch.zeros(r, module.embed_dim),
         "B": torch.zeros(module.embed_dim, r),
     }
-
-
-def _over_all_channels(A: Tensor, groups: int) -> Tensor:
-    """A grouped convolution, shape ``(g * r, in / g, ...)``, as one over all channels, shape
-    ``(g * r, in, ...)``: PEFT groups B alone.
-    """
-    channels = A.shape[1]
-    wide = A.new_zeros(A.shape[0], groups * channels, *A.shape[2:])
-    for number, (rows, block) in enumerate(zip(wide.chunk(groups), A.chunk(groups), strict=True)):
-        rows[:, number * channels : (number + 1) * channels] = block
-    return wide

@@ -22,10 +22,10 @@ from torch import Tensor
 from lightning_lora.dropout import zero_dropped, zero_dropped_
 from lightning_lora.scratch import cast_for_now, copy_for_now
 
-# Below this size of X, in bytes, and up to this many columns, the product with A is faster
-# transposed: X then stays in the second-level cache. Measured on CPUs in float32.
-TRANSPOSED_BYTES = 2**21
+# Up to this many columns the product with A is faster transposed, in pieces of X of this size in
+# bytes, which stay in the second-level cache. Measured on CPUs in float32.
 TRANSPOSED_COLUMNS = 8
+TRANSPOSED_BYTES = 2**21
 
 _Optional = Sequence[Tensor | None]
 
@@ -220,13 +220,16 @@ def skinny(x: Tensor, M: Tensor) -> Tensor:
         Shape ``(N, r)``; perhaps the transpose of what lies in memory.
     """
     if (
-        x.dtype == torch.float32
-        and M.shape[0] <= TRANSPOSED_COLUMNS
-        and x.device.type == "cpu"
-        and x.numel() * 4 <= TRANSPOSED_BYTES
-    ):
+        x.dtype != torch.float32 or M.shape[0] > TRANSPOSED_COLUMNS or x.device.type != "cpu"
+    ) or torch.compiler.is_compiling():
+        return torch.mm(x, M.t())
+    rows = max(1, TRANSPOSED_BYTES // (4 * x.shape[1]))
+    if len(x) <= rows:
         return torch.mm(M, x.t()).t()
-    return torch.mm(x, M.t())
+    transposed = x.new_empty(M.shape[0], len(x))
+    for own, part in zip(transposed.split(rows, dim=1), x.split(rows), strict=True):
+        torch.mm(M, part.t(), out=own)
+    return transposed.t()
 
 
 def _hidden(x: Tensor, A: Tensor, Bs: Sequence[Tensor], dropped: _Optional) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TypeVar
 
 from torch import nn
 
@@ -15,6 +14,7 @@ from lightning_lora.matching import (
     inside,
     key_matches,
     suggest,
+    value_for,
 )
 from lightning_lora.names import modules_by_name
 from lightning_lora.obstacles import (
@@ -28,8 +28,6 @@ from lightning_lora.slices import Slices
 from lightning_lora.start import PRIOR, START, keeps_start
 from lightning_lora.tokens import token_targets
 from lightning_lora.trained import saved_modules, trained_parameters
-
-N = TypeVar("N", int, float)
 
 
 def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
@@ -131,8 +129,8 @@ def _targets(
         module = modules[name]
         adapted = adapted_class(type(module))
         assert adapted is not None
-        r = _by_key(config.rank_pattern, name, config.r)
-        alpha = _by_key(config.alpha_pattern, name, config.alpha)
+        r = value_for(config.rank_pattern, name, config.r)
+        alpha = value_for(config.alpha_pattern, name, config.alpha)
         A_shape, B_shape = adapted.factor_shapes(module, r)
         parts = slices.get(name)
         if parts is not None:
@@ -177,13 +175,6 @@ def _frozen(adapted: type[LoRALayer], config: LoRAConfig, is_quantized: bool) ->
     if config.loftq_iter > 1 and is_quantized:
         frozen += PRIOR.values()
     return tuple(frozen)
-
-
-def _by_key(pattern: Mapping[str, N] | None, name: str, default: N) -> N:
-    for key, value in (pattern or {}).items():
-        if key_matches(key, name):
-            return value
-    return default
 
 
 def _key_counts(

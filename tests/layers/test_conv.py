@@ -191,13 +191,45 @@ def test_peft_computes_the_same_from_the_export(
     theirs = peft.PeftModel.from_pretrained(net(dims, **options), tmp_path / "ours").eval()
     torch.testing.assert_close(theirs(x), adapted, atol=1e-5, rtol=1e-5)
     again = net(dims, **options)
-    if "groups" in options:
-        with pytest.raises(CheckpointError, match="wrong shape"):
-            load_adapter(again, tmp_path / "ours")
-        return
     theirs.save_pretrained(tmp_path / "theirs")
-    load_adapter(again, tmp_path / "theirs")
+    plan = load_adapter(again, tmp_path / "theirs")
+    assert [target.r for target in plan.targets] == [3]
     torch.testing.assert_close(again(x), adapted, atol=1e-5, rtol=1e-5)
+    merge_lora(again)
+    torch.testing.assert_close(again(x), adapted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_grouped_convolution_of_peft_that_mixes_groups_is_refused(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=4, target_modules=["conv"])
+    peft.get_peft_model(net(2, kernel_size=3, groups=2), settings).save_pretrained(tmp_path)
+    model = net(2, kernel_size=3, groups=2)
+    with pytest.raises(CheckpointError, match="'conv', a convolution with 2 groups, use the chan"):
+        load_adapter(model, tmp_path)
+    assert type(model.conv) is nn.Conv2d
+
+
+def test_other_layers_keep_their_ranks_beside_a_grouped_convolution(tmp_path: Path) -> None:
+    def two() -> nn.Sequential:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return nn.Sequential(nn.Conv1d(4, 4, 3, groups=2), nn.Conv1d(4, 6, 1))
+
+    model, x = two(), torch.randn(2, 4, 9)
+    inject_lora(
+        model,
+        r=3,
+        alpha=7,
+        target_modules=["0", "1"],
+        rank_pattern={"0": 2},
+        alpha_pattern={"1": 5},
+    )
+    shake(model)
+    save_adapter(model, tmp_path)
+    again = two()
+    plan = load_adapter(again, tmp_path)
+    assert [(t.r, t.scaling) for t in plan.targets] == [(2, 3.5), (3, 5 / 3)]
+    torch.testing.assert_close(again(x), model(x), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{"dilation": 2}, {"padding": 1, "padding_mode": "reflect"}])

@@ -96,8 +96,8 @@ def lora_linears(x: Tensor, projections: Sequence[LoRAProjection]) -> tuple[Tens
     weights, biases, As, Bs, scalings, _ = zip(*projections, strict=True)
     scalings = tuple(each.scaling / (1 - each.dropout) for each in projections)
     if not torch.is_grad_enabled():
-        factors = factors_in(dtype, As, Bs, scalings)
-        return project(x, weights, biases, *factors, dropped)[0]
+        factors = factors_in(dtype, As, Bs)
+        return project(x, weights, biases, *factors, scalings, dropped)[0]
     outs: tuple[Tensor, ...] = JoinedProjections.apply(
         x, scalings, *weights, *biases, *As, *Bs, *dropped
     )

@@ -1,7 +1,7 @@
 """Linear layers of one input with low-rank updates, as one autograd node.
 
-With ``H = X A^T`` (N x r, X after dropout) a layer is ``Y = X W^T + b + s H B^T``. Given the
-gradient ``G`` of Y and ``E = s G B`` (N x r): ``dX = G W + E A``, ``dA = E^T X``, ``dB = s G^T H``.
+With ``H = s X A^T`` (N x r, X after dropout) a layer is ``Y = X W^T + b + H B^T``. Given the
+gradient ``G`` of Y and ``E = s G B`` (N x r): ``dX = G W + E A``, ``dA = E^T X``, ``dB = G^T H``.
 Layers of one input share the products with X: their A stand one on another, so that X is read once
 for all H and once for all dA, and dX is summed in place.
 
@@ -36,6 +36,7 @@ def project(
     biases: _Optional,
     A: Tensor,
     Bs: Sequence[Tensor],
+    scalings: Sequence[float],
     dropped: _Optional,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """The outputs of the layers and all H side by side, without autograd.
@@ -45,7 +46,8 @@ def project(
         weights: Base weights, each ``(out, in)``.
         biases: Base biases, each ``(out,)`` or ``None``.
         A: The factors A one on another, shape ``(sum of r, in)``, in the dtype of ``x``.
-        Bs: The scaled factors ``s B``, each ``(out, r)``, in the dtype of ``x``.
+        Bs: The factors B, each ``(out, r)``, in the dtype of ``x``.
+        scalings: The factors s.
         dropped: What dropout removes of the input of each A; see `lightning_lora.dropout`.
 
     Returns:
@@ -55,35 +57,46 @@ def project(
     rows = math.prod(shape)
     flat = x.reshape(rows, x.shape[-1])
     autocast = torch.is_autocast_enabled(x.device.type)
-    hidden = None
-    outs, start = [], 0
-    for weight, bias, B in zip(weights, biases, Bs, strict=True):
+    parts: list[Tensor] = []
+    outs = []
+    for index, (weight, bias, B) in enumerate(zip(weights, biases, Bs, strict=True)):
         if autocast:
             # What autocast would cast, without a copy that is kept for backward.
             weight = cast_for_now(weight, x.dtype)
             bias = None if bias is None else bias.to(x.dtype)
         # The base's own result, bit for bit.
         out = F.linear(x, weight, bias)
-        if hidden is None:
+        if not parts:
             hidden = _hidden(flat, A, Bs, dropped)
-        stop = start + B.shape[1]
+            parts = _split(hidden, Bs)
+            _scale_(hidden, parts, scalings)
         features = B.shape[0]
         out = out.reshape(rows, features)
-        out.addmm_(hidden[:, start:stop], B.t())
+        out.addmm_(parts[index], B.t())
         # Autograd refuses in-place changes of a custom function's output when it is a view.
         outs.append(torch.ops.aten._unsafe_view(out, (*shape, features)))
-        start = stop
-    assert hidden is not None
     return tuple(outs), hidden
 
 
 def factors_in(
-    dtype: torch.dtype, As: Sequence[Tensor], Bs: Sequence[Tensor], scalings: Sequence[float]
-) -> tuple[Tensor, list[Tensor]]:
-    """The factors as `project` takes them: the A one on another, and each ``s B``."""
+    dtype: torch.dtype, As: Sequence[Tensor], Bs: Sequence[Tensor]
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """The factors as `project` takes them: the A one on another, and each B."""
     A = As[0] if len(As) == 1 else torch.cat(list(As))
-    scaled = [(B * scaling).to(dtype) for B, scaling in zip(Bs, scalings, strict=True)]
-    return A.to(dtype), scaled
+    return A.to(dtype), Bs if Bs[0].dtype == dtype else [B.to(dtype) for B in Bs]
+
+
+def _split(hidden: Tensor, Bs: Sequence[Tensor]) -> list[Tensor]:
+    """The columns that belong to each B."""
+    return [hidden] if len(Bs) == 1 else list(hidden.split([B.shape[1] for B in Bs], dim=1))
+
+
+def _scale_(whole: Tensor, parts: Sequence[Tensor], scalings: Sequence[float]) -> None:
+    if all(scaling == scalings[0] for scaling in scalings):
+        whole.mul_(scalings[0])
+        return
+    for part, scaling in zip(parts, scalings, strict=True):
+        part.mul_(scaling)
 
 
 class JoinedProjections(torch.autograd.Function):
@@ -100,11 +113,11 @@ class JoinedProjections(torch.autograd.Function):
         weights, biases, As, Bs, dropped = (
             tensors[start : start + count] for start in range(0, 5 * count, count)
         )
-        A, scaled = factors_in(x.dtype, As, Bs, scalings)  # type: ignore[arg-type]
-        outs, hidden = project(x, weights, biases, A, scaled, dropped)  # type: ignore[arg-type]
+        A, used = factors_in(x.dtype, As, Bs)  # type: ignore[arg-type]
+        outs, hidden = project(x, weights, biases, A, used, scalings, dropped)  # type: ignore[arg-type]
         # X is large, and of no use for frozen A; casts of the factors are small.
         keeps_x = any(ctx.needs_input_grad[2 + 2 * count : 2 + 3 * count])
-        casts = () if A.dtype == As[0].dtype else (A, *scaled)  # type: ignore[union-attr]
+        casts = () if A.dtype == As[0].dtype else (A, *used)  # type: ignore[union-attr]
         ctx.save_for_backward(x if keeps_x else None, hidden, *weights, *As, *Bs, *dropped, *casts)
         ctx.scalings, ctx.shape = scalings, x.shape
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
@@ -128,14 +141,13 @@ class JoinedProjections(torch.autograd.Function):
             )
         else:
             casts = tensors[4 * count :]
-            A, scaled = (
-                (casts[0], casts[1:]) if casts else factors_in(hidden.dtype, As, Bs, scalings)
-            )
+            A, used = (casts[0], casts[1:]) if casts else factors_in(hidden.dtype, As, Bs)
             grad_x, grads_A, grads_B = projection_grads(
-                ctx.shape, x, hidden, weights, A, scaled, dropped, scalings, grads, needs[0]
+                ctx.shape, x, hidden, weights, A, used, dropped, scalings, grads, needs[0]
             )
-            grads_A = [g if g is None else g.to(f.dtype) for g, f in zip(grads_A, As, strict=True)]
-            grads_B = [g if g is None else g.to(f.dtype) for g, f in zip(grads_B, Bs, strict=True)]
+            if casts:
+                grads_A = [None if g is None else g.to(As[0].dtype) for g in grads_A]
+                grads_B = [None if g is None else g.to(Bs[0].dtype) for g in grads_B]
         nothing = (None,) * count
         grads_bias: Any = nothing
         if any(needs[2 + count : 2 + 2 * count]):
@@ -178,28 +190,29 @@ def projection_grads(
     grad_x: Tensor | None = None
     sides: list[Tensor] = []
     grads_B: list[Tensor | None] = [None] * count
-    start = 0
+    parts = _split(hidden, Bs)
     for index, (grad, B) in enumerate(zip(grads, Bs, strict=True)):
-        stop = start + B.shape[1]
         if grad is None:
             sides.append(hidden.new_zeros(rows, B.shape[1]))
-        else:
-            g = grad.reshape(rows, B.shape[0]).to(dtype)
-            sides.append(skinny(g, B.t()))
-            grads_B[index] = torch.mm(hidden[:, start:stop].t(), g).t().mul_(scalings[index])
-            weight = weights[index]
-            if needs_x and weight is not None:
-                weight = cast_for_now(weight, dtype)
-                grad_x = torch.mm(g, weight) if grad_x is None else grad_x.addmm_(g, weight)
-        start = stop
+            continue
+        g = grad.reshape(rows, B.shape[0]).to(dtype)
+        sides.append(skinny(g, B.t()))
+        grads_B[index] = torch.mm(parts[index].t(), g).t()
+        weight = weights[index]
+        if needs_x and weight is not None:
+            weight = cast_for_now(weight, dtype)
+            grad_x = torch.mm(g, weight) if grad_x is None else grad_x.addmm_(g, weight)
     flat = None if x is None else x.reshape(rows, x.shape[-1])
     grads_A: list[Tensor | None] = [None] * count
+    side = sides[0] if count == 1 else torch.cat(sides, 1)
+    sides = _split(side, Bs)
+    _scale_(side, sides, scalings)
     if all(each is None for each in dropped):
-        side = sides[0] if count == 1 else torch.cat(sides, 1)
         if grad_x is not None:
             grad_x.addmm_(side, A)
         if flat is not None:
-            grads_A = list(torch.mm(side.t(), flat).split([each.shape[1] for each in sides]))
+            grad_A = torch.mm(side.t(), flat)
+            grads_A = [grad_A] if count == 1 else list(grad_A.split([B.shape[1] for B in Bs]))
     else:
         if grad_x is not None:
             _add_masked(grad_x, sides, A, dropped)
@@ -219,12 +232,10 @@ def skinny(x: Tensor, M: Tensor) -> Tensor:
     Returns:
         Shape ``(N, r)``; perhaps the transpose of what lies in memory.
     """
-    if (
-        x.dtype != torch.float32 or M.shape[0] > TRANSPOSED_COLUMNS or x.device.type != "cpu"
-    ) or torch.compiler.is_compiling():
+    if x.dtype != torch.float32 or M.shape[0] > TRANSPOSED_COLUMNS or x.device.type != "cpu":
         return torch.mm(x, M.t())
     rows = max(1, TRANSPOSED_BYTES // (4 * x.shape[1]))
-    if len(x) <= rows:
+    if torch.compiler.is_compiling() or len(x) <= rows:
         return torch.mm(M, x.t()).t()
     transposed = x.new_empty(M.shape[0], len(x))
     for own, part in zip(transposed.split(rows, dim=1), x.split(rows), strict=True):

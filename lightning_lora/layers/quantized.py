@@ -153,15 +153,15 @@ def _lora_quantized(
 def _forward(
     x: Tensor, layer: _LoRAQuantized, A: Tensor, B: Tensor, dropped: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor, torch.dtype]:
-    """The output in the dtype of the computation, ``H = X A^T``, and the dtype to return."""
+    """The output in the dtype of the computation, ``H = s X A^T``, and the dtype to return."""
     out = layer.base_forward(x)
     dtype = out.dtype
     rows = math.prod(x.shape[:-1])
     adapter_in = x.to(dtype) if dropped is None else zero_dropped(x.to(dtype), dropped)
     # Cast back: autocast may not have had its way with the base's output, and has it with this.
-    hidden = skinny(adapter_in.reshape(rows, x.shape[-1]), A.to(dtype)).to(dtype)
+    hidden = skinny(adapter_in.reshape(rows, x.shape[-1]), A.to(dtype)).to(dtype).mul_(scaling)
     flat = out.reshape(rows, out.shape[-1])
-    flat.addmm_(hidden, B.to(dtype).t(), alpha=scaling)
+    flat.addmm_(hidden, B.to(dtype).t())
     # Autograd refuses in-place changes of a custom function's output when it is a view.
     whole = torch.ops.aten._unsafe_view(flat, out.shape)
     return whole, hidden, x.dtype if layer.keeps_dtype else dtype
@@ -196,14 +196,14 @@ class _LoRAQuantizedLinear(torch.autograd.Function):
         x, A, B, hidden, dropped = ctx.saved_tensors
         needs_x, needs_bias = ctx.needs_input_grad[:2]
         weight = dequantized(ctx.layer, ctx.dtype) if needs_x else None
-        factor, scaled = factors_in(ctx.dtype, [A], [B], [ctx.scaling])
+        factor, used = factors_in(ctx.dtype, [A], [B])
         grad_x, (grad_A,), (grad_B,) = projection_grads(
             ctx.shape,
             None if x is None else x.to(ctx.dtype),
             hidden,
             [weight],
             factor,
-            scaled,
+            used,
             [dropped],
             [ctx.scaling],
             [grad],

@@ -162,7 +162,7 @@ def _from_peft(path: Path) -> Adapter:
     values, tensors = read_peft_files(path)
     state = from_peft_tensors(tensors)
     config = from_peft_config(values, state, str(path))
-    targets = {}
+    targets: dict[str, dict[str, Any]] = {}
     for name in (key.removesuffix(".lora.A") for key in state if key.endswith(".lora.A")):
         r = value_for(config.rank_pattern, name, config.r)
         alpha = value_for(config.alpha_pattern, name, config.alpha)

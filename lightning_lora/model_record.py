@@ -92,7 +92,7 @@ def dtype_named(name: str) -> torch.dtype:
 
 def _unquantized(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
     """The floating-point parameters that are neither factors nor in a quantized layer."""
-    kinds = (LoRAFactors, *quantized_kinds())
+    kinds: tuple[type[nn.Module], ...] = (LoRAFactors, *quantized_kinds())
     left_out = {
         id(parameter)
         for module in modules.values()

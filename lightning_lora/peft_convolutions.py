@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError
-from lightning_lora.matching import key_matches, value_for
+from lightning_lora.matching import N, key_matches, value_for
 
 
 def over_all_channels(A: Tensor, groups: int) -> Tensor:
@@ -90,11 +90,11 @@ def _grouped(A: Tensor, groups: int, name: str, source: str) -> Tensor:
 
 
 def _pattern(
-    pattern: Mapping[str, float] | None,
-    own: Mapping[str, float],
+    pattern: Mapping[str, N] | None,
+    own: Mapping[str, N],
     state: Mapping[str, Tensor],
-    default: float,
-) -> dict[str, float] | None:
+    default: N,
+) -> dict[str, N] | None:
     """A pattern that gives some layers values of their own, and the others what it gave them."""
     adapted = [name.removesuffix(".lora.A") for name in state if name.endswith(".lora.A")]
     others = [name for name in adapted if name not in own]

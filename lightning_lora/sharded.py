@@ -147,14 +147,15 @@ def has_other_layout(tensor: Tensor) -> bool:
 
 
 @cache
-def _is_unit(kind: type[nn.Module]) -> bool:
+def _is_unit(kind: type) -> bool:
     return hasattr(kind, "reshard") and hasattr(kind, "unshard")
 
 
 def reshard(model: nn.Module) -> None:
     """Put the shards back in the place of parameters that a forward pass has gathered."""
     for module in modules_by_name(model).values():
-        if _is_unit(type(module)):
+        kind: type = type(module)
+        if _is_unit(kind):
             module.reshard()  # type: ignore[operator]
 
 

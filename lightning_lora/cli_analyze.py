@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_lora.cli_configs import PlainParser
+from lightning_lora.cli_configs import command_parser
 from lightning_lora.cli_progress import progress_line
 from lightning_lora.errors import ConfigError
 
@@ -147,13 +147,7 @@ def _print(study: Study) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = PlainParser(
-        prog=f"lightning-lora {ANALYZE}",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(ANALYZE, _DESCRIPTION, epilog=_EPILOG)
     parser.add_argument(
         "checkpoints",
         nargs="+",

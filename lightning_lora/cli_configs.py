@@ -10,7 +10,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lightning_lora.cli_paths import bundled_configs, find_bundled, near_config
 from lightning_lora.errors import ConfigError
@@ -128,8 +128,25 @@ class PlainParser(argparse.ArgumentParser):
         raise ConfigError(f"{self.prog}: {message}. See {self.prog} --help.")
 
 
+def command_parser(name: str, description: str, **options: Any) -> PlainParser:
+    """A parser for the options of a subcommand, without abbreviations; texts stay as they are set.
+
+    Args:
+        name: What is typed after ``lightning-lora``.
+        description: What ``--help`` says first.
+        **options: Further arguments of `argparse.ArgumentParser`.
+    """
+    return PlainParser(
+        prog=f"lightning-lora {name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        **options,
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = PlainParser(prog="lightning-lora configs", description="The configs in the package.")
+    parser = command_parser("configs", "The configs in the package.")
     actions = parser.add_subparsers(dest="action", metavar="{list,show,copy}", required=True)
     actions.add_parser("list", help="name each config, say what it is and what it needs")
     show = actions.add_parser("show", help="print a config")

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.cli_configs import PlainParser
+from lightning_lora.cli_configs import command_parser
 from lightning_lora.cli_merge import free_folder
 from lightning_lora.cli_progress import progress_line
 from lightning_lora.errors import ConfigError
@@ -171,12 +171,7 @@ def _say(found: Mapping[str, Any], options: argparse.Namespace, what: str) -> No
 
 
 def _parser(name: str, description: str) -> argparse.ArgumentParser:
-    parser = PlainParser(
-        prog=f"lightning-lora {name}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(name, description)
     parser.add_argument("--force", action="store_true", help="replace what is there")
     parser.add_argument("--dry_run", action="store_true", help="check everything, write nothing")
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_lora.cli_configs import PlainParser
+from lightning_lora.cli_configs import command_parser
 
 INSPECT, DIFF = "inspect", "diff"
 _MOST = 5
@@ -65,7 +65,7 @@ _CKPT = "a checkpoint, a sharded folder, or a folder in PEFT format"
 
 
 def _parser(name: str, description: str) -> argparse.ArgumentParser:
-    parser = PlainParser(prog=f"lightning-lora {name}", description=description, allow_abbrev=False)
+    parser = command_parser(name, description)
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 

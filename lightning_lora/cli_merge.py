@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_lora.cli_configs import PlainParser
+from lightning_lora.cli_configs import command_parser
 from lightning_lora.cli_progress import progress_line
 from lightning_lora.errors import ConfigError
 
@@ -145,13 +145,7 @@ def _print(found: dict[str, Any]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = PlainParser(
-        prog=f"lightning-lora {MERGE}",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(MERGE, _DESCRIPTION, epilog=_EPILOG)
     parser.add_argument(
         "checkpoint",
         metavar="CKPT",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from lightning_lora.cli_configs import PlainParser
+from lightning_lora.cli_configs import command_parser
 from lightning_lora.cli_paths import complete_arguments
 from lightning_lora.errors import ConfigError
 
@@ -69,14 +69,12 @@ def _memory(text: str) -> float:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = PlainParser(
-        prog=f"lightning-lora {PLAN}",
+    parser = command_parser(
+        PLAN,
+        _DESCRIPTION,
+        epilog=_EPILOG,
         usage=f"lightning-lora {PLAN} --config CONFIG [--gpus N,N] [--memory GiB] [--json] "
         "[--KEY VALUE ...]",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--gpus", default="1,2,4,8", metavar="N,N", help="numbers of GPUs (default: 1,2,4,8)"

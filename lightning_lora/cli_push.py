@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_lora.cli_configs import PlainParser
+from lightning_lora.cli_configs import command_parser
 
 PUSH = "push"
 _DESCRIPTION = """\
@@ -26,12 +25,7 @@ def run_push(arguments: Sequence[str]) -> None:
     Raises:
         LightningLoRAError: For every mistake in arguments, files and login.
     """
-    parser = PlainParser(
-        prog=f"lightning-lora {PUSH}",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(PUSH, _DESCRIPTION)
     parser.add_argument("directory", metavar="DIR", help="the folder to upload")
     parser.add_argument("name", metavar="NAME", help="user/name on the hub, or a name of your own")
     parser.add_argument("--private", action="store_true", help="make a new repository private")

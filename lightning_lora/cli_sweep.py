@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_lora.cli_configs import PlainParser
+from lightning_lora.cli_configs import command_parser
 from lightning_lora.cli_paths import find_config
 from lightning_lora.errors import ConfigError
 from lightning_lora.sweep import BASELINES, Result, finished, make_grid, read_keys, run_grid
@@ -122,16 +122,14 @@ def _seeds(text: str) -> list[int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = PlainParser(
-        prog=f"lightning-lora {SWEEP}",
+    parser = command_parser(
+        SWEEP,
+        _DESCRIPTION,
+        epilog=_EPILOG,
         usage=(
             "lightning-lora sweep --config CONFIG [--KEY V,V,...] [--seeds N,N] "
             "[--baselines NAME,NAME] [--output DIR] [--dry_run] [--json]"
         ),
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--config", "-c", required=True, metavar="CONFIG", help="a YAML file, or a bundled config"

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from lightning_lora.errors import ConfigError
 from lightning_lora.layers import Masters
 from lightning_lora.matching import inside
-from lightning_lora.names import clean_name
+from lightning_lora.names import clean_name, modules_by_name, parameters_of
 from lightning_lora.plan import Plan
 from lightning_lora.quantization import quantized_layers
 
@@ -26,22 +26,23 @@ def freeze(model: nn.Module, plan: Plan) -> None:
     whatever the mode of the model, so that their statistics stay those of the base. Calling it
     again repairs what others changed.
     """
+    modules = modules_by_name(model)
     trained = {parameter.name for parameter in plan.trained}
     factors = {
         id(parameter)
-        for module in model.modules()
+        for module in modules.values()
         if isinstance(module, Masters)
-        for leaf, parameter in module.named_parameters()
+        for leaf, parameter in module._parameters.items()
         if leaf not in module.frozen
     }
-    for name, parameter in model.named_parameters():
-        wanted = id(parameter) in factors or clean_name(name) in trained
+    for name, parameter in parameters_of(modules).items():
+        wanted = id(parameter) in factors or name in trained
         if parameter.requires_grad != wanted:
             parameter.requires_grad_(wanted)
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         if isinstance(module, _NormBase) and module.track_running_stats:
             trains = any(parameter.requires_grad for parameter in module.parameters())
-            if not trains and not inside(clean_name(name), plan.saved_modules):
+            if not trains and not inside(name, plan.saved_modules):
                 _hold_in_evaluation(module)
 
 

@@ -15,7 +15,7 @@ from lightning_lora.initialization import check_kinds
 from lightning_lora.initialization import initialize as initialize_factors
 from lightning_lora.layers import LoRAFactors, LoRALayer, LoRALinear, adapted_class
 from lightning_lora.layers.siblings import join_siblings
-from lightning_lora.names import clean_name, modules_by_name, persistent_buffers, unwrap
+from lightning_lora.names import modules_by_name, parameters_of, persistent_buffers, unwrap
 from lightning_lora.plan import Plan
 from lightning_lora.quantization import allow_repacking, keep_trainable
 from lightning_lora.sharded import has_other_layout, is_sharded, local, shard_alike
@@ -136,18 +136,19 @@ def inject_lora(
                 f"({_differences(earlier.config, config)}). Call remove_lora(model) first."
             )
         return earlier.plan
-    for name, module in model.named_modules():
+    modules = modules_by_name(model)
+    for name, module in modules.items():
         if isinstance(module, LoRALayer) or ATTRIBUTE in module.__dict__:
             raise ConfigError(
                 f"{name!r} inside the model was adapted before. Call remove_lora on the module "
                 "that it was injected into first, or let one place do the injection."
             )
     plan = make_plan(model, config)
-    _refuse_tensor_parallel(model, plan)
+    _refuse_tensor_parallel(modules, plan)
     check_kinds(model, plan, config)
     if seed is None:
         seed = int(torch.randint(2**62, (1,), device="cpu"))
-    factors = _build_factors(model, plan, config, seed)
+    factors = _build_factors(modules, plan, config, seed)
     repacked = keep_trainable(model)
     originals = {}
     if initialize and plan.targets:
@@ -160,12 +161,13 @@ def inject_lora(
         config=config,
         plan=plan,
         requires_grad=frozenset(
-            clean_name(name) for name, p in model.named_parameters() if p.requires_grad
+            name for name, p in parameters_of(modules).items() if p.requires_grad
         ),
         originals=originals,
-        buffers={name: b.detach().clone() for name, b in persistent_buffers(model).items()},
+        buffers={
+            name: b.detach().clone() for name, b in persistent_buffers(model, modules).items()
+        },
     )
-    modules = modules_by_name(model)
     for target in plan.targets:
         module = modules[target.name]
         weight = getattr(module, target.weights[0])
@@ -227,10 +229,9 @@ def restore_class(module: nn.Module) -> None:
 
 
 def _build_factors(
-    model: nn.Module, plan: Plan, config: LoRAConfig, seed: int
+    modules: dict[str, nn.Module], plan: Plan, config: LoRAConfig, seed: int
 ) -> dict[str, LoRAFactors]:
     factors = {}
-    modules = modules_by_name(model)
     for target in plan.targets:
         if target.tied_to is not None:
             continue
@@ -269,8 +270,7 @@ def join_targets(modules: dict[str, nn.Module], plan: Plan) -> None:
         join_siblings(layers)
 
 
-def _refuse_tensor_parallel(model: nn.Module, plan: Plan) -> None:
-    modules = modules_by_name(model)
+def _refuse_tensor_parallel(modules: dict[str, nn.Module], plan: Plan) -> None:
     for target in plan.targets:
         if any(has_other_layout(getattr(modules[target.name], leaf)) for leaf in target.weights):
             raise ConfigError(

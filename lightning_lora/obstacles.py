@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_lora.errors import TargetError
 from lightning_lora.layers import LoRAFactors, LoRALayer, adapted_class, supported_layers
-from lightning_lora.names import clean_name
+from lightning_lora.names import parameters_of
 from lightning_lora.quantization import is_unquantized
 
 
@@ -84,15 +86,18 @@ def holds_experts(module: nn.Module) -> bool:
     )
 
 
-def refuse_lazy(model: nn.Module) -> None:
+def refuse_lazy(modules: Mapping[str, nn.Module]) -> None:
     """Shapes must be known.
+
+    Args:
+        modules: The model's modules by name.
 
     Raises:
         TargetError: Names a parameter without a shape.
     """
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters_of(modules).items():
         if is_lazy(parameter):
             raise TargetError(
-                f"The shape of {clean_name(name)!r} is unknown until its module has run: pass one "
+                f"The shape of {name!r} is unknown until its module has run: pass one "
                 "batch through the model first, or give the layer its sizes."
             )

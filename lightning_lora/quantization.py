@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.names import modules_by_name
+from lightning_lora.names import modules_by_name, parameters_of
 
 # Weights of bitsandbytes layers are read from attributes that `nn.Module` does not know.
 _Layer = Any
@@ -85,7 +85,7 @@ def count_parameters(model: nn.Module) -> int:
     """Number of parameters, those of packed weights as if they were not packed."""
     packed = {id(layer.weight): layer for layer in quantized_layers(model).values()}
     total = 0
-    for parameter in model.parameters():
+    for parameter in parameters_of(modules_by_name(model)).values():
         layer = packed.get(id(parameter))
         shape = parameter.shape if layer is None else torch.Size(weight_shape(layer))
         total += shape.numel()

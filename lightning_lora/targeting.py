@@ -41,8 +41,8 @@ def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
         TargetError: A pattern matched nothing (with the nearest names), or a layer that cannot be
             adapted.
     """
-    refuse_lazy(model)
     modules = modules_by_name(model)
+    refuse_lazy(modules)
     saved = saved_modules(modules, config)
     if config.r == 0:
         return _without_factors(model, config, saved)

@@ -55,6 +55,8 @@ def trained_parameters(
         saved: Names of the modules that train whole.
         targets: Names of the adapted layers.
     """
+    if not (saved or config.bias != "none" or config.train_layer_norms or config.train_embeddings):
+        return
     owners = dict(model.named_modules(remove_duplicate=False))
     first_names: dict[int, str] = {}
     found: set[str] = set()

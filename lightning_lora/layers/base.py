@@ -228,14 +228,14 @@ def adapted_class(layer: type[nn.Module]) -> type[LoRALayer] | None:
     of its own would lose it in the swap, and needs `register_layer`. Embeddings that only compute
     around ``super().forward()`` (scaled or shifted ones) qualify too.
     """
+    if (known := _REGISTRY.get(layer) or _DERIVED.get(layer)) is not None:
+        return known
     for ancestor in layer.__mro__:
         home = _ON_DEMAND.get((ancestor.__module__, ancestor.__qualname__))
         if home is not None:
             importlib.import_module(home)
     if layer in _REGISTRY:
         return _REGISTRY[layer]
-    if layer in _DERIVED:
-        return _DERIVED[layer]
     for base, adapted in _REGISTRY.items():
         if not issubclass(layer, base) or issubclass(layer, LoRALayer):
             continue

@@ -138,16 +138,18 @@ def trained_shapes(record: Injection) -> dict[str, tuple[int, ...]]:
 def trained_parameters(
     modules: Mapping[str, nn.Module], record: Injection
 ) -> dict[str, nn.Parameter]:
-    """The parameters of `trained_shapes` that the model has.
+    """The parameters of `trained_shapes` that the model has, in the order of its modules.
 
     Args:
         modules: The model's modules by name.
         record: What was injected.
     """
+    places = {name: place for place, name in enumerate(modules)}
+    owned = [(name.rpartition("."), name) for name in trained_shapes(record)]
+    owned = [each for each in owned if each[0][0] in places]
     found = {}
-    for name in trained_shapes(record):
-        owner, _, leaf = name.rpartition(".")
-        parameter = modules[owner]._parameters.get(leaf) if owner in modules else None
+    for (owner, _, leaf), name in sorted(owned, key=lambda each: places[each[0][0]]):
+        parameter = modules[owner]._parameters.get(leaf)
         if parameter is not None:
             found[name] = parameter
     for name, layer in record.replaced.items():

@@ -60,16 +60,21 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     options = parser.parse_args()
     print(f"MiB kept: Llama 576 wide, {options.layers} layers, {options.tokens} tokens\n")
-    print("| setting | frozen | ours | PEFT | ours adds | PEFT adds | ours / PEFT |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    methods = ("frozen", "ours", "PEFT", "PEFT, 16-bit factors", "full")
+    print(f"| setting | {' | '.join(methods)} | added: ours | PEFT | ours / PEFT |")
+    print("| --- |" + " --- |" * (len(methods) + 3))
     for name in NAMES:
+        setting = SETTINGS[name]
         with contextlib.redirect_stdout(sys.stderr):
-            floor, ours, peft = (
-                kept(method, SETTINGS[name], options) for method in ("frozen", "ours", "PEFT")
-            )
+            found = {
+                method: kept(method, setting, options)
+                for method in methods
+                if "16-bit" not in method or setting.dtype.itemsize == 2
+            }
+        cells = [f"{found[method]:.1f}" if method in found else "" for method in methods]
+        added, theirs = found["ours"] - found["frozen"], found["PEFT"] - found["frozen"]
         print(
-            f"| {name} | {floor:.1f} | {ours:.1f} | {peft:.1f} | {ours - floor:.1f} | "
-            f"{peft - floor:.1f} | {(ours - floor) / (peft - floor):.2f} |",
+            f"| {name} | {' | '.join(cells)} | {added:.1f} | {theirs:.1f} | {added / theirs:.2f} |",
             flush=True,
         )
 

@@ -7,12 +7,12 @@ taken, with the random state there and at the start of the epoch's iterator. On 
 loops to that place: make the iterator from the recorded state, consume the batches that were
 trained, restore the random state of the moment, go on.
 
-This is the only module that knows the private parts of Lightning's loops. Not restored, because
-nothing holds it: the part before the interruption of epoch means (`self.log(on_epoch=True)`,
-metric objects); what hooks after the saving callback did (checkpoint callbacks run last, but the
-module's own hook follows them); samplers and datasets that keep private random generators or
-stream from the global one in the main process; the random state inside persistent workers past
-their first epoch; time-based triggers; iterators that `training_step` itself advances.
+Not restored, because nothing holds it: the part before the interruption of epoch means
+(`self.log(on_epoch=True)`, metric objects); what hooks after the saving callback did (checkpoint
+callbacks run last, but the module's own hook follows them); samplers and datasets that keep private
+random generators or stream from the global one in the main process; the random state inside
+persistent workers past their first epoch; time-based triggers; iterators that `training_step`
+itself advances.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_lora.errors import LightningLoRAError
+from lightning_lora.gradients import gradients_of, restore_gradients
+from lightning_lora.loop_hooks import LoopHooks, require_privates
 from lightning_lora.rng import RngState, capture_rng, loader_generators, restore_rng
 
 # Where in the loops a checkpoint is taken.
@@ -38,21 +39,6 @@ _VALIDATED = "validated"  # as above, with the validation behind it
 _BATCH_DONE = "batch_done"  # the next thing is to fetch a batch
 _EPOCH_END = "epoch_end"
 _BETWEEN_EPOCHS = (_EPOCH_START, _EPOCH_END)
-
-_PRIVATES = {
-    "fit_loop": (
-        "reset on_advance_start on_advance_end _load_combined_loader_states _combined_loader"
-        " _last_train_dl_reload_epoch _resuming_from_checkpoint _restarting is_resuming"
-        " epoch_progress epoch_loop"
-    ),
-    "fit_loop.epoch_loop": (
-        "reset on_run_start advance on_advance_end batch_progress restarting val_loop"
-        " update_lr_schedulers _num_ready_batches_reached _get_monitor_value _skip_next_val"
-    ),
-    "fit_loop.epoch_loop.val_loop": (
-        "run setup_data _on_evaluation_end _combined_loader _has_run restarting"
-    ),
-}
 
 
 def _persistent_and_started(loaders: Iterable[Any]) -> list[bool]:
@@ -69,26 +55,6 @@ def _settle(progress: Any) -> None:
         counts.ready = counts.started = counts.completed = counts.processed
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a (possibly sharded) tensor that lives in this process."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def _gradients(module: LightningModule) -> dict[str, torch.Tensor]:
-    return {
-        name: _local(parameter.grad).detach().cpu().clone()
-        for name, parameter in module.named_parameters()
-        if parameter.grad is not None
-    }
-
-
-def _restore_gradients(module: LightningModule, gradients: dict[str, torch.Tensor]) -> None:
-    for name, parameter in module.named_parameters():
-        if name in gradients:
-            parameter.grad = torch.zeros_like(parameter)
-            _local(parameter.grad).copy_(gradients[name])
-
-
 class ExactResume:
     """Makes a resumed fit continue bitwise where its checkpoint was taken.
 
@@ -98,7 +64,7 @@ class ExactResume:
     """
 
     def __init__(self) -> None:
-        self._wrapped: list[tuple[Any, str]] = []
+        self._hooks = LoopHooks()
         self._loaded: dict[str, Any] | None = None
         self._forget()
 
@@ -126,28 +92,26 @@ class ExactResume:
         self.uninstall()
         self._loaded = None
         self._forget()
-        self._require_privates(trainer)
+        require_privates(trainer)
         self._trainer: Any = trainer
         self._fit: Any = trainer.fit_loop
         self._epoch: Any = self._fit.epoch_loop
         self._val: Any = self._epoch.val_loop
-        self._wrap(self._fit, "reset", self._reset)
-        self._wrap(self._fit, "_load_combined_loader_states", self._loaders_ready)
-        self._wrap(self._fit, "on_advance_start", self._start_epoch)
-        self._wrap(self._fit, "on_advance_end", self._end_epoch)
-        self._wrap(self._epoch, "reset", self._reset_epoch)
-        self._wrap(self._epoch, "on_run_start", self._start_batches)
-        self._wrap(self._epoch, "advance", self._advance)
-        self._wrap(self._epoch, "on_advance_end", self._end_batch)
-        self._wrap(self._epoch, "_get_monitor_value", self._monitored)
-        self._wrap(self._val, "run", self._validate)
-        self._wrap(self._val, "_on_evaluation_end", self._validation_done)
+        self._hooks.wrap(self._fit, "reset", self._reset)
+        self._hooks.wrap(self._fit, "_load_combined_loader_states", self._loaders_ready)
+        self._hooks.wrap(self._fit, "on_advance_start", self._start_epoch)
+        self._hooks.wrap(self._fit, "on_advance_end", self._end_epoch)
+        self._hooks.wrap(self._epoch, "reset", self._reset_epoch)
+        self._hooks.wrap(self._epoch, "on_run_start", self._start_batches)
+        self._hooks.wrap(self._epoch, "advance", self._advance)
+        self._hooks.wrap(self._epoch, "on_advance_end", self._end_batch)
+        self._hooks.wrap(self._epoch, "_get_monitor_value", self._monitored)
+        self._hooks.wrap(self._val, "run", self._validate)
+        self._hooks.wrap(self._val, "_on_evaluation_end", self._validation_done)
 
     def uninstall(self) -> None:
         """Leave the trainer's loops as Lightning made them. Checkpoints can still be taken."""
-        for loop, name in self._wrapped:
-            vars(loop).pop(name, None)
-        self._wrapped.clear()
+        self._hooks.undo()
 
     def state_dict(self, trainer: Trainer) -> dict[str, Any]:
         """What a checkpoint needs for an exact resume; a collective call in a distributed run.
@@ -158,7 +122,7 @@ class ExactResume:
         Returns:
             Tensors and primitives: the states of all ranks, each with its own random state.
         """
-        if self._loaded is not None and self._wrapped:
+        if self._loaded is not None and self._hooks.installed:
             return self._loaded
         mine = self._rank_state(trainer)
         ranks: list[Any] = [mine]
@@ -196,7 +160,7 @@ class ExactResume:
             "rng": rng or self._capture(),
             "iteration": self._iteration,
             "gradients": (
-                _gradients(module) if accumulating or not module.automatic_optimization else {}
+                gradients_of(module) if accumulating or not module.automatic_optimization else {}
             ),
             "metrics": {
                 config.monitor: metrics[config.monitor].detach().cpu().clone()
@@ -293,7 +257,7 @@ class ExactResume:
             self._replay(fetcher, resume["iteration"], self._epoch.batch_progress.current.processed)
             self._restore(rng)
         if resume is not None and not between:
-            _restore_gradients(self._trainer.lightning_module, resume["gradients"])
+            restore_gradients(self._trainer.lightning_module, resume["gradients"])
             self._enter_epoch(resume["place"])
         self._resume = self._loaded = None
         self._mark = None
@@ -411,24 +375,3 @@ class ExactResume:
         for index in range(trained):
             self._restore(fetches.get(index))
             next(fetcher)
-
-    # ---- Lightning's privates ---------------------------------------------------------------
-
-    def _require_privates(self, trainer: Trainer) -> None:
-        missing = [] if hasattr(CombinedLoader([]), "_iterator") else ["CombinedLoader._iterator"]
-        for path, names in _PRIVATES.items():
-            owner: Any = trainer
-            for part in path.split("."):
-                owner = getattr(owner, part, None)
-            missing += [f"{path}.{name}" for name in names.split() if not hasattr(owner, name)]
-        if missing:
-            raise LightningLoRAError(
-                "Exact resume relies on private parts of Lightning that this version does not have:"
-                f" {', '.join(missing)}. Install lightning>=2.6,<2.7, or pass exact_resume=False to"
-                " go on without it (a resumed run then differs from an uninterrupted one)."
-            )
-
-    def _wrap(self, loop: Any, name: str, around: Callable[..., Any]) -> None:
-        original = getattr(loop, name)
-        setattr(loop, name, lambda *args, **kwargs: around(original, *args, **kwargs))
-        self._wrapped.append((loop, name))

@@ -1,0 +1,25 @@
+"""The gradients that a module has accumulated, as a checkpoint holds them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.sharded import local
+
+
+def gradients_of(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of this process's part of each gradient, on the CPU, by the parameter's name."""
+    return {
+        name: local(parameter.grad).detach().cpu().clone()
+        for name, parameter in module.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def restore_gradients(module: nn.Module, gradients: dict[str, Tensor]) -> None:
+    """Give parameters the gradients that `gradients_of` has returned."""
+    for name, parameter in module.named_parameters():
+        if name in gradients:
+            parameter.grad = torch.zeros_like(parameter)
+            local(parameter.grad).copy_(gradients[name])

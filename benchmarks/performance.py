@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+DRAWN = ("ours", "PEFT", "PEFT, 16-bit factors", "full")
 CLAIMS = {
     "Step time": ["step_time"],
     "Activations": ["activations"],
@@ -45,15 +46,17 @@ def draw(table: str, path: Path) -> None:
 
     ratios: dict[str, dict[str, float]] = {}
     for setting, method, _, cell, _ in rows_of(table):
-        if method in ("ours", "PEFT", "PEFT, 16-bit factors", "full"):
+        if method in DRAWN:
             ratios.setdefault(method, {})[setting] = float(cell.split()[0])
+    ratios = {method: ratios[method] for method in DRAWN if method in ratios}
     settings = list(ratios["ours"])
     figure, axes = plt.subplots(figsize=(9, 3.5), layout="constrained")
     width = 0.8 / len(ratios)
     for number, (method, values) in enumerate(ratios.items()):
         places = [at + number * width for at, name in enumerate(settings) if name in values]
         axes.bar(places, [values[n] - 1 for n in settings if n in values], width, 1, label=method)
-    axes.set_xticks([at + 0.4 - width / 2 for at in range(len(settings))], settings, fontsize=7)
+    labels = [name.replace(", ", ",\n") for name in settings]
+    axes.set_xticks([at + 0.4 - width / 2 for at in range(len(settings))], labels, fontsize=8)
     axes.set_ylabel("step / frozen model")
     axes.axhline(1, color="0.3", linewidth=0.8)
     axes.legend(fontsize=8, ncols=len(ratios))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lightning_lora.dora import direction_scale, weight_norm
 from lightning_lora.errors import ConfigError
 from lightning_lora.functional import delta_weight
-from lightning_lora.injection import Injection, Replaced
+from lightning_lora.injection import Injection, Replaced, require_injection
 from lightning_lora.layers import LoRAFactors, Masters
 from lightning_lora.names import listed, modules_by_name
 from lightning_lora.quantization import (
@@ -112,7 +112,8 @@ def merging_into(model: nn.Module, base: str) -> Iterator[_Read | None]:
 
     Raises:
         ConfigError: A weight that was quantized cannot be read from the base model's files, or the
-            model is sharded, or was not quantized yet.
+            factors make up for its quantization (LoftQ), or the model is sharded, or was not
+            quantized yet.
     """
     layers = quantized_layers(model)
     check_merge_base(base)
@@ -126,6 +127,12 @@ def merging_into(model: nn.Module, base: str) -> Iterator[_Read | None]:
         if is_pending(layer):
             raise ConfigError(f"{name!r} is to be quantized and was not yet: move the model first.")
     original = base == "original" and bool(layers)
+    if original and require_injection(model).config.init == "loftq":
+        raise ConfigError(
+            "merge_base='original' does not go with init='loftq': the factors began as the error "
+            "of the quantization, which the original weights do not have. Use "
+            "merge_base='dequantized', which is exact."
+        )
     with stored_weights(model) if original else nullcontext() as stored:
         if stored is not None:
             missing = [name for name in layers if f"{name}.weight" not in stored]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lightning_lora import inject_lora, load_adapter, remove_lora, save_adapter
+from lightning_lora import inject_lora, load_adapter, merge_lora, remove_lora, save_adapter
 from lightning_lora.errors import ConfigError
 from lightning_lora.initialization.loftq import error_factors
 from lightning_lora.quantization import as_linear, dequantized, keep_trainable, quantized_layers
@@ -89,3 +89,17 @@ def test_a_saved_adapter_needs_the_files_no_more(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(other(input_ids=ids).logits, model(input_ids=ids).logits)
     remove_lora(other)
+
+
+def test_a_merge_keeps_the_correction_and_adds_it_to_no_other_weights(tmp_path: Path) -> None:
+    model = quantized_hugging_face("bert", "nf4", tmp_path / "base").eval()
+    ids = {"input_ids": torch.randint(3, 40, (2, 7))}
+    inject_lora(model, r=4, alpha=10, init="loftq")
+    with torch.no_grad():
+        expected = model(**ids).logits
+    with pytest.raises(ConfigError, match=r"does not go with init='loftq'.*'dequantized'"):
+        merge_lora(model, base="original")
+    with torch.no_grad():
+        assert torch.equal(model(**ids).logits, expected)
+        merge_lora(model)
+        torch.testing.assert_close(model(**ids).logits, expected, atol=1e-5, rtol=1e-4)

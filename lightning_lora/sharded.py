@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.names import modules_by_name
-
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor lives on a device mesh."""
@@ -153,7 +151,8 @@ def _is_unit(kind: type) -> bool:
 
 def reshard(model: nn.Module) -> None:
     """Put the shards back in the place of parameters that a forward pass has gathered."""
-    for module in modules_by_name(model).values():
+    # Wrappers too: what checkpoints activations may be the unit.
+    for module in model.modules():
         kind: type = type(module)
         if _is_unit(kind):
             module.reshard()  # type: ignore[operator]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_lora.config import LoRAConfig
     from lightning_lora.fused import register_fused
     from lightning_lora.initialization.inputs import initialize_from_inputs
+    from lightning_lora.initialization.ranks import redistribute_ranks
     from lightning_lora.injection import inject_lora
     from lightning_lora.interop import load_adapter, save_adapter, swap_adapter
     from lightning_lora.layers import LoRALayer, register_layer
@@ -57,6 +58,7 @@ __all__ = [
     "load_lightning_module",
     "merge_lora",
     "pretrained_on_meta",
+    "redistribute_ranks",
     "register_fused",
     "register_layer",
     "remove_lora",
@@ -90,6 +92,7 @@ _HOMES = {
     "load_lightning_module": "lightning_lora.loading",
     "merge_lora": "lightning_lora.merging",
     "pretrained_on_meta": "lightning_lora.pretrained",
+    "redistribute_ranks": "lightning_lora.initialization.ranks",
     "register_fused": "lightning_lora.fused",
     "register_layer": "lightning_lora.layers",
     "remove_lora": "lightning_lora.removal",

@@ -14,6 +14,9 @@ from lightning_lora.tables import as_text
 if TYPE_CHECKING:
     from rich.table import Table
 
+# Of one setting; `redistribute_ranks` has one for each layer.
+_PATTERNS_SHOWN = 16
+
 
 @dataclass(frozen=True)
 class Target:
@@ -177,8 +180,12 @@ class Plan:
         table.add_column(overflow="fold")
         table.add_column(justify="right", no_wrap=True)
         table.add_column(overflow="fold")
-        for setting, pattern, count in self.matches:
-            table.add_row(escape(f"{setting} {pattern}"), f"{count:,}", "modules matched")
+        for setting, count in Counter(setting for setting, *_ in self.matches).items():
+            own = [(pattern, n) for name, pattern, n in self.matches if name == setting]
+            if count > _PATTERNS_SHOWN:
+                own = [(f"({count} patterns)", sum(n for _, n in own))]
+            for pattern, n in own:
+                table.add_row(escape(f"{setting} {pattern}"), f"{n:,}", "modules matched")
         table.add_section()
         for (kind, parts, r, alpha), count in _grouped(self.targets).items():
             kind += f" ({', '.join(parts)})" if parts else ""

@@ -44,6 +44,14 @@ def test_the_table() -> None:
         assert row.replace("49.8", _share(149, 289)) in table, (row, table)
 
 
+def test_patterns_of_one_layer_each_are_summed_up() -> None:
+    net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(20)))
+    config = LoRAConfig(r=2, rank_pattern={str(index): 1 + index % 2 for index in range(20)})
+    table = rows(make_plan(net, config))
+    assert "rank_pattern (20 patterns) 20 modules matched" in table
+    assert "Linear, r=1, alpha=16 10 layers adapted" in table
+
+
 def _share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.3g}"
 

@@ -1,8 +1,7 @@
 """Factors that start from the principal components of a layer's inputs (EVA, arXiv:2410.07170).
 
 A of rank r is the r leading principal components of what the layer is given in a few batches, and B
-is zero. The components are found batch by batch (incremental PCA, Ross et al. 2008), so that no
-inputs are kept; what several processes have found is joined in the same way.
+is zero.
 """
 
 from __future__ import annotations
@@ -10,91 +9,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError
+from lightning_lora.initialization.components import SPARE, Components
 from lightning_lora.injection import require_injection
 from lightning_lora.names import listed, modules_by_name
 from lightning_lora.plan import Target
-
-# What is kept beyond r components, against the loss of what only later batches bring out.
-_SPARE = 16
-
-
-@dataclass
-class Components:
-    """The count, mean and leading components of vectors, to which more can be added.
-
-    Attributes:
-        keep: How many components are kept.
-        count: How many vectors were seen.
-        mean: Their mean, shape ``(in,)``.
-        scaled: Right-singular vectors of the centred vectors, each times its singular value, shape
-            ``(at most keep, in)``.
-
-    Example:
-        >>> x = torch.tensor([[1.0, 0.0], [3.0, 0.0]])
-        >>> found = Components(1)
-        >>> for row in x:
-        ...     found.add(row[None])
-        >>> found.leading(1).abs()
-        tensor([[1., 0.]])
-    """
-
-    keep: int
-    count: int = 0
-    mean: Tensor | None = None
-    scaled: Tensor | None = None
-
-    def add(self, vectors: Tensor) -> None:
-        """Take more vectors in, shape ``(n, in)``, float32."""
-        if len(vectors):
-            mean = vectors.mean(0)
-            self.join(Components(self.keep, len(vectors), mean, vectors - mean))
-
-    def join(self, other: Components) -> None:
-        """Take in what others have seen."""
-        if not other.count:
-            return
-        assert other.mean is not None and other.scaled is not None
-        rows = [other.scaled]
-        total = self.count + other.count
-        if self.mean is None or self.scaled is None:
-            self.mean = other.mean
-        else:
-            # The scatter of the two means about their common one (Ross et al., lemma 1).
-            between = (self.count * other.count / total) ** 0.5 * (self.mean - other.mean)
-            rows = [self.scaled, other.scaled, between[None]]
-            self.mean = self.mean + (other.mean - self.mean) * (other.count / total)
-        self.scaled = _scaled_components(torch.cat(rows), self.keep)
-        self.count = total
-
-    def leading(self, r: int) -> Tensor:
-        """The first r components, shape ``(r, in)``, orthonormal, each with its largest entry
-        positive; fewer where the vectors span fewer.
-        """
-        assert self.scaled is not None
-        sizes = self.scaled.norm(dim=1)
-        spanned = sizes > sizes[0] * torch.finfo(sizes.dtype).eps * max(self.scaled.shape)
-        found = (self.scaled / sizes.clamp_min(torch.finfo(sizes.dtype).tiny)[:, None])[spanned][:r]
-        largest = found.gather(1, found.abs().argmax(1, keepdim=True))
-        return found * largest.sign()
-
-
-def _scaled_components(rows: Tensor, keep: int) -> Tensor:
-    if min(rows.shape) <= 4 * keep:
-        _, S, Vh = torch.linalg.svd(rows, full_matrices=False)
-    else:
-        # An exact decomposition of some thousand inputs takes minutes in all layers together.
-        with torch.random.fork_rng([rows.device] if rows.is_cuda else []):
-            torch.manual_seed(0)
-            _, S, V = torch.svd_lowrank(rows, q=2 * keep, niter=4)
-        Vh = V.t()
-    return S[:keep, None] * Vh[:keep]
 
 
 def initialize_from_inputs(
@@ -132,15 +57,33 @@ def initialize_from_inputs(
     targets = [target for target in record.plan.targets if target.tied_to is None]
     if not starts_from_zero(model):
         raise ConfigError("init='eva' starts untrained factors, and some of B is not zero.")
-    found = {t.name: Components(t.r + _SPARE) for t in targets}
+    keep = {target.name: target.r + SPARE for target in targets}
+    found = components_of_inputs(model, keep, batches, run)
+    if agree is not None:
+        found = agree(found)
+    with torch.no_grad():
+        _write(targets, modules, found)
+
+
+def components_of_inputs(
+    model: nn.Module, keep: Mapping[str, int], batches: Iterable[Any], run: Callable[[Any], Any]
+) -> dict[str, Components]:
+    """What layers are given, in evaluation mode and without gradients.
+
+    Args:
+        model: The model.
+        keep: How many components of the inputs are kept, by the name of the layer.
+        batches: The batches; see `initialize_from_inputs` for what counts of them.
+        run: Runs the model on a batch.
+    """
+    modules = modules_by_name(model)
+    found = {name: Components(count) for name, count in keep.items()}
     layers = {name: modules[name] for name in found}
     with _evaluating(model), torch.no_grad():
         for batch in batches:
             with _collecting(layers, found, _counted(batch)):
                 run(batch)
-        if agree is not None:
-            found = agree(found)
-        _write(targets, modules, found)
+    return found
 
 
 def starts_from_zero(model: nn.Module) -> bool:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 # Above this share of dropped elements, or off the CPU, drawing every element is the cheaper way.
 SPARSE_LIMIT = 0.25
+# So is it for inputs of fewer elements than this.
+SPARSE_FROM = 2**12
 
 
 def draw_dropped(x: Tensor, p: float) -> Tensor:
@@ -19,8 +21,8 @@ def draw_dropped(x: Tensor, p: float) -> Tensor:
         draw is cheaper or the shapes must be static, a bool mask of the shape of ``x`` that is true
         where the element is dropped. `zero_dropped` takes both.
     """
-    dense = p > SPARSE_LIMIT or x.device.type != "cpu" or torch.compiler.is_compiling()
-    if dense or x.numel() == 0:
+    few = x.numel() < SPARSE_FROM or p > SPARSE_LIMIT
+    if few or x.device.type != "cpu" or torch.compiler.is_compiling():
         # Not in the default dtype: "bf16-true" training sets that to one with coarse steps.
         return torch.rand(x.shape, device=x.device, dtype=torch.float32) < p
     return dropped_positions(x.numel(), p)

@@ -3,7 +3,8 @@
 `lora_linear` computes ``y = x W^T + b + s * D(x) A^T B^T`` (arXiv:2106.09685, equation 3; D is
 dropout), and `lora_linears` several such layers of one input. While only the factors (and perhaps
 b) train, they run as one autograd node that keeps ``x`` and the skinny ``A D(x)^T`` and nothing of
-the size of the output (`lightning_lora.projections`).
+the size of the output (`lightning_lora.projections`). Inputs so small that calling the node takes
+longer than computing it go through ordinary operations instead, which autograd runs without Python.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from torch import Tensor
 
 from lightning_lora.dropout import draw_dropped, zero_dropped
 from lightning_lora.projections import JoinedProjections, factors_in, project
+
+# Elements of an input below which ordinary operations are faster, measured on CPUs.
+SMALL_INPUT = 2**16
 
 
 class LoRAProjection(NamedTuple):
@@ -88,7 +92,10 @@ def lora_linears(x: Tensor, projections: Sequence[LoRAProjection]) -> tuple[Tens
     """
     dtype = compute_dtype(x)
     dropped = [draw_dropped(x, each.dropout) if each.dropout else None for each in projections]
-    if torch.is_grad_enabled() and any(each.weight.requires_grad for each in projections):
+    trains = torch.is_grad_enabled() and any(each.weight.requires_grad for each in projections)
+    # Autocast would keep a cast copy of each frozen weight for backward.
+    casts = any(each.weight.dtype != dtype for each in projections)
+    if trains or (is_small(x) and not casts):
         pairs = zip(projections, dropped, strict=True)
         return tuple(_formula(x, each, mask, dtype) for each, mask in pairs)
     # Here and not in the node: its gradient is that of a cast.
@@ -109,6 +116,14 @@ def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:
     return torch.mm(B * scaling, A)
 
 
+def is_small(x: Tensor) -> bool:
+    """Whether an input is so small that what matters is how little Python runs.
+
+    Never while compiling, where none does.
+    """
+    return not torch.compiler.is_compiling() and x.numel() < SMALL_INPUT
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a linear layer computes in for an input: that of autocast, if it is on."""
     device = x.device.type
@@ -121,9 +136,9 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def _formula(
     x: Tensor, projection: LoRAProjection, dropped: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """One layer in ordinary operations, for a base weight that trains."""
+    """One layer in ordinary operations."""
     weight, bias, A, B, scaling, dropout = projection
     out = F.linear(x, weight, bias)
     adapter_in = x if dropped is None else zero_dropped(x, dropped)
     hidden = F.linear(adapter_in.to(dtype), A.to(dtype))
-    return out + F.linear(hidden, B.to(dtype)) * (scaling / (1 - dropout))
+    return torch.add(out, F.linear(hidden, B.to(dtype)), alpha=scaling / (1 - dropout))

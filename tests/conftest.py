@@ -21,6 +21,13 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["LIGHTNING_LORA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(autouse=True)
+def _inputs_count_as_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the small inputs of tests go the way of larger ones; subprocesses go that of theirs."""
+    monkeypatch.setattr("lightning_lora.functional.SMALL_INPUT", 0)
+    monkeypatch.setattr("lightning_lora.dropout.SPARSE_FROM", 1)
+
+
 WORDS = {
     "neg": ["awful", "bad", "dull", "poor"],
     "neutral": ["plain", "usual", "average", "fair"],

@@ -44,6 +44,15 @@ def test_the_draw_goes_on_until_the_end(monkeypatch: pytest.MonkeyPatch) -> None
     assert dropped_positions(14, 0.2).tolist() == [0, 4, 6, 8, 11]
 
 
+def test_few_elements_are_drawn_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    few, many = draw_dropped(torch.zeros(8, 64), 0.1), draw_dropped(torch.zeros(64, 64), 0.1)
+    assert few.dtype == torch.bool and few.shape == (8, 64)
+    assert many.dtype == torch.int64 and many.ndim == 1
+    assert abs(few.double().mean() - 0.1) < 5 * 0.3 / math.sqrt(few.numel())
+
+
 @pytest.mark.parametrize("p", [0.1, 0.6])
 def test_the_global_generator_decides(p: float) -> None:
     x = torch.zeros(50, 40)

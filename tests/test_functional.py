@@ -19,6 +19,11 @@ SHAPES = [(IN,), (4, IN), (2, 3, IN), (2, 1, 3, IN), (0, IN), (2, 0, IN)]
 DROPOUTS = [0.0, 0.1, 0.6]
 
 
+@pytest.fixture(params=[0, 2**16], ids=["one node", "ordinary operations"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_lora.functional.SMALL_INPUT", request.param)
+
+
 def draw(
     shape: tuple[int, ...] = (4, IN),
     dtype: torch.dtype = torch.float64,
@@ -71,6 +76,7 @@ def assert_close(
         torch.testing.assert_close(actual[name], value, **tolerance, msg=message)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("p", DROPOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
@@ -81,6 +87,7 @@ def test_output_and_gradients_are_those_of_the_formula(
     assert_close(run(ours, p, **tensors), run(formula, p, **tensors))
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("trains", ["A", "B", "AB", "x", "bAB", "xbAB", "xWbAB", "WA", "W", ""])
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_any_selection_of_trained_tensors(trains: str, p: float) -> None:
@@ -90,6 +97,7 @@ def test_any_selection_of_trained_tensors(trains: str, p: float) -> None:
     assert_close(results, run(formula, p, **tensors))
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("p", DROPOUTS)
 @pytest.mark.parametrize("trains", ["xAB", "xbAB", "xWbAB"])
 def test_first_and_second_derivatives(p: float, trains: str) -> None:
@@ -105,6 +113,7 @@ def test_first_and_second_derivatives(p: float, trains: str) -> None:
     assert gradgradcheck(function, inputs)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("p", DROPOUTS)
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_without_gradients(context: Callable[[], Any], p: float) -> None:
@@ -118,6 +127,7 @@ def strided(x: Tensor) -> Tensor:
     return torch.stack([x, x], -1)[..., 0]
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(
     "arrange",
     [
@@ -139,6 +149,7 @@ def test_inputs_that_are_not_contiguous(arrange: Callable[[Tensor], Tensor], p: 
     assert_close(run(arranged(ours), p, **tensors), run(arranged(formula), p, **tensors))
 
 
+@pytest.mark.usefixtures("way")
 def test_gradients_that_are_not_contiguous() -> None:
     tensors = draw((3, 4, IN))
     assert_close(
@@ -161,6 +172,7 @@ def test_dropout_acts_on_the_input_of_the_adapter_alone(p: float) -> None:
     assert abs((~kept).double().mean().item() - p) < 0.06
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("p", [0.1, 0.6])
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing(p: float, use_reentrant: bool) -> None:
@@ -203,6 +215,31 @@ def test_what_is_saved_for_the_backward_pass(p: float, bias: bool) -> None:
     assert all(t.numel() * t.element_size() <= 2 * p * 8 * rows * IN for t in masks)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_inputs_of_few_elements_run_in_ordinary_operations(
+    p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_lora.functional.SMALL_INPUT", 10 * IN)
+
+    def nodes(rows: int, autocast: bool = False) -> set[str]:
+        tensors = draw((rows, IN), torch.float32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = ours(*tensors.values(), p)
+        found, left = set(), [out.grad_fn]
+        while left:
+            node: Any = left.pop()
+            found.add(type(node).__name__)
+            left += [each for each, _ in node.next_functions if each is not None]
+        return found
+
+    one_node = "JoinedProjectionsBackward"
+    assert one_node not in nodes(9) and "AddmmBackward0" in nodes(9)
+    assert one_node in nodes(10)
+    # Ordinary operations would keep a cast copy of the weight.
+    assert one_node in nodes(9, autocast=True)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_half_precision_input_with_float32_masters(p: float) -> None:
     exact = draw((64, IN))

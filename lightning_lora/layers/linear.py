@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.dora import dora_linear
-from lightning_lora.functional import delta_weight, lora_linear
+from lightning_lora.functional import delta_weight, is_small, lora_linear
 from lightning_lora.layers.base import LoRALayer, register_layer
 from lightning_lora.layers.siblings import Siblings
 
@@ -43,7 +43,12 @@ class LoRALinear(LoRALayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(..., in_features)`` to ``(..., out_features)``."""
         siblings: Siblings | None = self.__dict__.get("siblings")
-        if siblings is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if (
+            siblings is None
+            or is_small(input)
+            or torch.compiler.is_compiling()
+            or not torch.is_grad_enabled()
+        ):
             return self._alone(input)
         out = siblings.output(self, input)
         if out is None:

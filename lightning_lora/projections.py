@@ -219,6 +219,8 @@ def projection_grads(
         if flat is not None:
             pairs = zip(sides, dropped, strict=True)
             grads_A = [torch.mm(own.t(), _masked(flat, mask)) for own, mask in pairs]
+    # None and not zeros: optimizers leave alone what has no gradient.
+    grads_A = [None if g is None else own for g, own in zip(grads, grads_A, strict=True)]
     return None if grad_x is None else grad_x.reshape(shape), grads_A, grads_B
 
 

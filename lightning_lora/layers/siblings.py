@@ -41,7 +41,7 @@ class Siblings:
         self._clear()
 
     def _clear(self) -> None:
-        self.ready: dict[Any, Tensor] = {}
+        self.ready: dict[Any, tuple[Tensor, tuple[int, ...]]] = {}
         self.made_from: Tensor | None = None
         self.made_as: tuple[Any, ...] = ()
 
@@ -57,10 +57,12 @@ class Siblings:
         if self.groups is None:
             return None
         if layer in self.ready and self.made_from is x and self.made_as == _circumstances(x):
-            out = self.ready.pop(layer)
+            out, versions = self.ready.pop(layer)
             if not self.ready:
                 self._clear()
-            return out
+            # An optimizer may have made a step since.
+            if versions == _versions(layer):
+                return out
         if layer not in self.groups or not self._may_join():
             return None
         self._clear()
@@ -69,7 +71,9 @@ class Siblings:
             return None
         projections = [_projection(each) for each in group]
         out, *others = lora_linears(x, projections)
-        self.ready = dict(zip(group[1:], others, strict=True))
+        self.ready = {
+            other: (made, _versions(other)) for other, made in zip(group[1:], others, strict=True)
+        }
         self.made_from, self.made_as = x, _circumstances(x)
         return out
 
@@ -192,6 +196,12 @@ def _projection(layer: Any) -> LoRAProjection:
     dropout = lora.dropout if lora.training else 0.0
     A, B = lora.pair()
     return LoRAProjection(layer.weight, layer.bias, A, B, lora.scaling, dropout)
+
+
+def _versions(layer: Any) -> tuple[int, ...]:
+    """How often each parameter behind a layer's output was changed."""
+    tensors = (layer.weight, layer.bias, layer.lora.A, layer.lora.B)
+    return tuple(tensor._version for tensor in tensors if tensor is not None)
 
 
 def _circumstances(x: Tensor) -> tuple[Any, ...]:

@@ -166,6 +166,37 @@ def test_an_input_that_was_changed_in_between() -> None:
     torch.testing.assert_close(block.k(x), apart(block).k(x))  # type: ignore
 
 
+def test_a_layer_that_was_not_used_gets_no_gradient(joined: list[int]) -> None:
+    model = adapted()
+    attention: Any = model.blocks[0]
+    grads(model, inputs(), passes=2)
+    model.zero_grad()
+    joined.clear()
+    attention.q(inputs()).sum().backward()
+    assert joined == [3]
+    assert attention.q.lora.A.grad.any() and attention.q.lora.B.grad.any()
+    for unused in (attention.k, attention.v):
+        # Zeros would let an optimizer's momentum and decay move it.
+        assert unused.lora.A.grad is None and unused.lora.B.grad is None
+
+
+def test_parameters_that_were_changed_in_between(joined: list[int]) -> None:
+    model = adapted()
+    attention: Any = model.blocks[0]
+    x = inputs()
+    grads(model, x, passes=2)
+    joined.clear()
+    attention.q(x)
+    with torch.no_grad():
+        attention.k.lora.B += 1
+        attention.v.weight *= 2
+    for layer in (attention.k, attention.v):
+        expected = copy.deepcopy(layer)
+        expected.__dict__.pop("siblings", None)
+        torch.testing.assert_close(layer(x), expected(x))
+    assert joined[0] == 3
+
+
 def test_hooks_of_every_layer_run_and_may_replace_input_and_output() -> None:
     model, seen = adapted(), []
     for name, module in model.named_modules():

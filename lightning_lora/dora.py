@@ -24,6 +24,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from lightning_lora.dropout import draw_dropped, zero_dropped
+from lightning_lora.transforms import is_transformed
 
 # How many elements of a weight are cast at a time to be measured.
 _BLOCK = 2**22
@@ -122,7 +123,7 @@ def dora_linear(
     """
     norm = weight_norm(weight, A, B, scaling)
     dropped = draw_dropped(x, dropout) if dropout > 0 else None
-    if weight.requires_grad:
+    if weight.requires_grad or (not torch.compiler.is_compiling() and is_transformed()):
         return _composite(x, weight, bias, A, B, magnitude, norm, dropped, scaling, dropout)
     out: Tensor = _DoRALinear.apply(
         x, weight, bias, A, B, magnitude, norm, dropped, scaling, dropout, None
@@ -227,16 +228,17 @@ class _DoRALinear(torch.autograd.Function):
             directed.addmm_(hidden_t.t(), B_t, alpha=scaling)
             torch.addcmul(flat, directed, scale - 1, out=out)
         ctx.save_for_backward(
-            x, weight, bias, A, B, norm, scale, hidden_t, dropped, directed.detach()
+            x, weight, bias, A, B, norm, scale, hidden_t, dropped, directed.detach(), magnitude
         )
         ctx.scaling, ctx.dropout, ctx.layer = scaling, dropout, layer
         # Autograd refuses in-place changes of a custom function's output when it is a view.
         return torch.ops.aten._unsafe_view(out, base.shape)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, A, B, norm, scale, hidden_t, dropped, directed = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _differentiable_grads(ctx, grad)
+        x, weight, bias, A, B, norm, scale, hidden_t, dropped, directed, _ = ctx.saved_tensors
         needs_x, _, needs_bias, needs_A, needs_B, needs_m = ctx.needs_input_grad[:6]
         dtype, scaling, rows = directed.dtype, ctx.scaling, len(directed)
         g = grad.reshape(directed.shape).to(dtype)
@@ -267,3 +269,22 @@ class _DoRALinear(torch.autograd.Function):
             grad_x = grad_x.to(x.dtype)
         grad_bias = totals.to(bias.dtype) if needs_bias and totals is not None else None
         return grad_x, None, grad_bias, grad_A, grad_B, grad_m, None, None, None, None, None
+
+
+def _differentiable_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """For a second derivative: through the formula in ordinary operations."""
+    x, weight, bias, A, B, norm, _, _, dropped, _, magnitude = ctx.saved_tensors
+    if ctx.layer is not None:
+        raise RuntimeError(
+            "No second derivative through DoRA on a quantized base: set use_dora to false, or use "
+            "a base that is not quantized."
+        )
+    with torch.enable_grad():
+        out = _composite(x, weight, bias, A, B, magnitude, norm, dropped, ctx.scaling, ctx.dropout)
+    inputs = (x, weight, bias, A, B, magnitude)
+    wanted = [i for i, needed in enumerate(ctx.needs_input_grad[:6]) if needed]
+    found = torch.autograd.grad(out, [inputs[i] for i in wanted], grad, create_graph=True)
+    grads: list[Tensor | None] = [None] * 11
+    for i, value in zip(wanted, found, strict=True):
+        grads[i] = value
+    return tuple(grads)

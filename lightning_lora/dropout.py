@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_lora.transforms import is_transformed
+
 # Above this share of dropped elements, or off the CPU, drawing every element is the cheaper way.
 SPARSE_LIMIT = 0.25
 # So is it for inputs of fewer elements than this.
@@ -21,8 +23,8 @@ def draw_dropped(x: Tensor, p: float) -> Tensor:
         draw is cheaper or the shapes must be static, a bool mask of the shape of ``x`` that is true
         where the element is dropped. `zero_dropped` takes both.
     """
-    few = x.numel() < SPARSE_FROM or p > SPARSE_LIMIT
-    if few or x.device.type != "cpu" or torch.compiler.is_compiling():
+    dense = x.numel() < SPARSE_FROM or p > SPARSE_LIMIT or x.device.type != "cpu"
+    if dense or torch.compiler.is_compiling() or is_transformed():
         # Not in the default dtype: "bf16-true" training sets that to one with coarse steps.
         return torch.rand(x.shape, device=x.device, dtype=torch.float32) < p
     return dropped_positions(x.numel(), p)

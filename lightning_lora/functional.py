@@ -4,7 +4,8 @@
 dropout), and `lora_linears` several such layers of one input. While only the factors (and perhaps
 b) train, they run as one autograd node that keeps ``x`` and the skinny ``A D(x)^T`` and nothing of
 the size of the output (`lightning_lora.projections`). Inputs so small that calling the node takes
-longer than computing it go through ordinary operations instead, which autograd runs without Python.
+longer than computing it go through ordinary operations instead, which autograd runs without Python;
+so does everything inside transforms of `torch.func`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from lightning_lora.dropout import draw_dropped, zero_dropped
 from lightning_lora.projections import JoinedProjections, factors_in, project
+from lightning_lora.transforms import is_transformed
 
 # Elements of an input below which ordinary operations are faster, measured on CPUs.
 SMALL_INPUT = 2**16
@@ -92,10 +94,8 @@ def lora_linears(x: Tensor, projections: Sequence[LoRAProjection]) -> tuple[Tens
     """
     dtype = compute_dtype(x)
     dropped = [draw_dropped(x, each.dropout) if each.dropout else None for each in projections]
-    trains = torch.is_grad_enabled() and any(each.weight.requires_grad for each in projections)
-    # Autocast would keep a cast copy of each frozen weight for backward.
-    casts = any(each.weight.dtype != dtype for each in projections)
-    if trains or (is_small(x) and not casts):
+    apart = torch.is_grad_enabled() and any(each.weight.requires_grad for each in projections)
+    if apart or prefers_operations(x, projections[0].weight):
         pairs = zip(projections, dropped, strict=True)
         return tuple(_formula(x, each, mask, dtype) for each, mask in pairs)
     # Here and not in the node: its gradient is that of a cast.
@@ -116,12 +116,18 @@ def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:
     return torch.mm(B * scaling, A)
 
 
-def is_small(x: Tensor) -> bool:
-    """Whether an input is so small that what matters is how little Python runs.
+def prefers_operations(x: Tensor, weight: Tensor) -> bool:
+    """Whether a layer is run in ordinary operations although its weight is frozen.
 
-    Never while compiling, where none does.
+    Args:
+        x: Its input.
+        weight: Its weight.
     """
-    return not torch.compiler.is_compiling() and x.numel() < SMALL_INPUT
+    if torch.compiler.is_compiling():
+        return False
+    # Of a weight in another dtype autocast would keep a cast copy for backward.
+    is_small = x.numel() < SMALL_INPUT and weight.dtype == compute_dtype(x)
+    return is_small or is_transformed()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

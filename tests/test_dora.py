@@ -282,6 +282,52 @@ def test_state_of_an_adapter(tmp_path: Path) -> None:
         merge_lora(again)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1, 0.6])
+@pytest.mark.parametrize("bias", [True, False])
+def test_second_derivatives(dropout: float, bias: bool) -> None:
+    model = one(linear(torch.float64, bias), dropout=dropout)
+    stir(model)
+    layer: Any = model[0]
+    x = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
+    wanted = (layer.lora.A, layer.lora.B, layer.lora.magnitude)
+
+    def found(train_weight: bool) -> list[Tensor]:
+        # A weight that trains runs in ordinary operations.
+        layer.weight.requires_grad_(train_weight)
+        torch.manual_seed(3)
+        out = model(x).square().sum()
+        (slope,) = torch.autograd.grad(out, x, create_graph=True)
+        return list(torch.autograd.grad(slope.square().sum(), wanted))
+
+    for actual, expected in zip(found(False), found(True), strict=True):
+        assert expected.abs().max() > 0.01
+        torch.testing.assert_close(actual, expected)
+
+
+def test_second_derivatives_through_a_quantized_base_are_refused() -> None:
+    model = quantized_mlp("nf4")
+    inject_lora(model, r=2, alpha=6, use_dora=True)
+    x = torch.randn(3, 64, requires_grad=True)
+    with pytest.raises(RuntimeError, match="No second derivative through DoRA on a quantized"):
+        torch.autograd.grad(model(x).sum(), x, create_graph=True)
+
+
+def test_transforms_of_torch_func() -> None:
+    model = one(linear(torch.float64))
+    stir(model)
+    x = torch.randn(5, 16, dtype=torch.float64)
+    parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x[:, None])
+    loss({}, x).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(each[name].sum(0), parameter.grad)
+
+
 def test_what_has_no_magnitude_is_refused() -> None:
     model = AttentionNet()
     plan = inject_lora(model, r=2, alpha=6, use_dora=True)

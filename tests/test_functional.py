@@ -351,6 +351,45 @@ def test_compiled_under_autocast() -> None:
     assert_close(actual, expected, rtol=0.02, atol=0.05)
 
 
+TRANSFORMED = {
+    "grad": lambda f, x, A: torch.func.grad(lambda A: f(x, A).square().sum())(A),
+    "vmap": lambda f, x, A: torch.func.vmap(f, (0, None))(x, A),
+    "a gradient for each row": lambda f, x, A: torch.func.vmap(
+        torch.func.grad(lambda A, row: f(row[None], A).square().sum()), (None, 0)
+    )(A, x),
+    "jvp": lambda f, x, A: torch.func.jvp(lambda A: f(x, A), (A,), (A + 1,))[1],
+    "jacrev": lambda f, x, A: torch.func.jacrev(lambda A: f(x, A))(A),
+    "hessian": lambda f, x, A: torch.func.hessian(lambda A: f(x, A).square().sum())(A),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMED)
+def test_transforms_of_torch_func(transform: str) -> None:
+    x, W, b, A, B = draw(trains="").values()
+    found, expected = (
+        TRANSFORMED[transform](lambda x, A, f=f: f(x, W, b, A, B, 0.0), x, A)
+        for f in (ours, formula)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_dropout_inside_a_transform() -> None:
+    x, W, b, A, B = draw((400, IN), trains="").values()
+    assert x is not None and W is not None and A is not None and B is not None
+
+    def found() -> Tensor:
+        torch.manual_seed(0)
+        each = torch.func.vmap(lambda row: ours(row, W, b, A, B, 0.1), randomness="different")
+        return each(x)
+
+    out = found()
+    assert torch.equal(out, found())
+    base = formula(x, W, b, A, 0 * B, 0.0)
+    kept = base + (formula(x, W, b, A, B, 0.0) - base) / 0.9
+    changed = ((out - kept).abs() > 1e-9).any(1).double().mean()
+    assert abs(changed - (1 - 0.9**IN)) < 0.1
+
+
 def test_changes_of_the_output_in_place() -> None:
     tensors = draw()
 

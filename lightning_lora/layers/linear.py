@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.dora import dora_linear
-from lightning_lora.functional import delta_weight, is_small, lora_linear
+from lightning_lora.functional import delta_weight, lora_linear, prefers_operations
 from lightning_lora.layers.base import LoRALayer, register_layer
 from lightning_lora.layers.siblings import Siblings
 
@@ -45,9 +45,9 @@ class LoRALinear(LoRALayer, nn.Linear):
         siblings: Siblings | None = self.__dict__.get("siblings")
         if (
             siblings is None
-            or is_small(input)
             or torch.compiler.is_compiling()
             or not torch.is_grad_enabled()
+            or prefers_operations(input, self.weight)
         ):
             return self._alone(input)
         out = siblings.output(self, input)

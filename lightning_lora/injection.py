@@ -99,9 +99,9 @@ def inject_lora(
     """Adapt a model in place and freeze the rest.
 
     Right after it the model's output is bitwise what it was: B is zero. With ``init="pissa"``,
-    ``"olora"`` or ``"orthogonal"`` it is so within rounding, and ``init="loftq"`` corrects what
-    quantization took away. Injecting the same
-    settings again does nothing.
+    ``"olora"`` or ``"orthogonal"``, or rows that train in a tied head, it is so within rounding,
+    and ``init="loftq"`` corrects what quantization took away. Injecting the same settings again
+    does nothing.
 
     Args:
         model: Any module.

@@ -50,13 +50,15 @@ def merge_lora(model: nn.Module, base: str | None = None) -> MergeReport:
         What merging into a quantized base costs; it prints as a table.
 
     Raises:
-        ConfigError: The model has no LoRA, a factor is not finite, a sharded weight is tied to
-            another module's, or the original weights cannot be read.
+        ConfigError: The model has no LoRA, a factor is not finite, a weight was pruned or
+            reparametrized since, a sharded weight is tied to another module's, or the original
+            weights cannot be read.
     """
     record = require_injection(model)
     if record.merged:
         return MergeReport(base or record.merge_base)
     reshard(model)
+    _refuse_reparametrized(model, record)
     _refuse_non_finite(model, record)
     with merging_into(model, base or record.merge_base) as read:
         return _merge(model, record, base or record.merge_base, read)
@@ -202,6 +204,18 @@ def refuse_ties(model: nn.Module) -> None:
                 "head), and a sharded weight cannot be untied for a merge. Leave it out of "
                 "target_modules, untie the weights before the fit, or set merge_on_fit_end=False "
                 "and merge the checkpoint in one process."
+            )
+
+
+def _refuse_reparametrized(model: nn.Module, record: Injection) -> None:
+    modules = modules_by_name(model)
+    for target in record.plan.targets:
+        if any(leaf not in modules[target.name]._parameters for leaf in target.weights):
+            raise ConfigError(
+                f"{target.name!r} was pruned or reparametrized after LoRA was injected, and its "
+                "weight is computed anew in each call: nothing can be merged into it. Make that "
+                "permanent first (torch.nn.utils.prune.remove, "
+                "torch.nn.utils.parametrize.remove_parametrizations)."
             )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import Tensor, nn
 
 from lightning_lora import (
@@ -252,3 +253,23 @@ def test_without_lora() -> None:
     for function in (merge_lora, unmerge_lora):
         with pytest.raises(ConfigError, match="has no LoRA"):
             function(model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        nn.utils.parametrizations.weight_norm,
+        lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.5),
+    ],
+    ids=["weight_norm", "pruned"],
+)
+def test_a_weight_that_was_reparametrized_since_is_refused(change: Callable[..., Any]) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    inject_lora(model, r=2, alpha=6)
+    shake(model)
+    change(model[1])
+    x = torch.randn(3, 6)
+    expected = model(x)
+    with pytest.raises(ConfigError, match="'1' was pruned or reparametrized after LoRA"):
+        merge_lora(model)
+    assert torch.equal(model(x), expected)

@@ -7,7 +7,7 @@ is zero.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -142,7 +142,7 @@ def _collecting(
     # Layers side by side (W_q, W_k, W_v) are given one tensor, which is taken in once.
     taken: list[tuple[Tensor, Components]] = []
 
-    def take(name: str, inputs: tuple[Any, ...]) -> None:
+    def take(name: str, inputs: Sequence[Any]) -> None:
         x, own = inputs[0], found[name]
         same = next((each for tensor, each in taken if tensor is x), None)
         if same is not None and same.keep == own.keep and (own is same or not own.count):
@@ -152,6 +152,11 @@ def _collecting(
             own = found[name] = replace(own)
         taken.append((x, own))
         x = x.detach()
+        if not x.isfinite().all():
+            raise ConfigError(
+                f"The inputs of {name!r} hold NaN or infinite values, so they have no principal "
+                "components. Look for the layer or the batch that they come from."
+            )
         if counted is not None and x.ndim == 3 and x.shape[:2] == counted.shape:
             x = x[counted.to(x.device)]
         # In full precision also where autocast would have it otherwise.
@@ -159,7 +164,10 @@ def _collecting(
             own.add(x.reshape(-1, x.shape[-1]).float())
 
     handles = [
-        layer.register_forward_pre_hook(lambda _, inputs, name=name: take(name, inputs))
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: take(name, [*args, *kwargs.values()]),
+            with_kwargs=True,
+        )
         for name, layer in layers.items()
     ]
     try:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.initialization.loftq import error_factors
-from lightning_lora.layers import LoRAFactors
+from lightning_lora.layers import LoRAFactors, adapted_class
 from lightning_lora.names import listed, modules_by_name
 from lightning_lora.plan import Plan, Target
 from lightning_lora.quantization import dequantized, is_pending, quantized_layers
@@ -53,7 +53,7 @@ def initialize_from_weights(
         weight = weights[target.name]
         if target.name in quantized:
             weight = dequantized(module, torch.float32)
-        W = _as_matrix(module, weight.detach().to(lora.A.dtype))
+        W = _as_matrix(module, weight.detach().to(lora.A.dtype), target)
         pairs = [
             _principal(part, target, init, f"{lora.seed}:{target.name}:{number}")
             for number, part in enumerate(_parts(W, target.slices))
@@ -118,10 +118,18 @@ def orthonormal_factors(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
     return A, B
 
 
-def _as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
-    """The weight as ``(out, in)``; the ``Conv1D`` of transformers keeps it transposed."""
-    is_transposed = any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
-    return weight.t() if is_transposed else weight
+def _as_matrix(module: nn.Module, weight: Tensor, target: Target) -> Tensor:
+    """The weight as ``(out, in)``."""
+    adapted = adapted_class(type(module))
+    assert adapted is not None
+    W = weight.movedim(adapted.out_dim, 0)
+    if target.slices is None and W.shape != (target.B_shape[0], target.A_shape[1]):
+        raise ConfigError(
+            f"The weight of {target.name!r} {tuple(weight.shape)} does not fit to its factors "
+            f"{target.A_shape} and {target.B_shape}. Set out_dim of {adapted.__name__} to the "
+            "dimension of the weight that the outputs lie along, or use init='kaiming'."
+        )
+    return W
 
 
 def _parts(W: Tensor, slices: Slices | None) -> Iterator[Tensor]:

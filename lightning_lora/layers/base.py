@@ -163,6 +163,7 @@ def register_layer(adapted: type[LoRALayer]) -> type[LoRALayer]:
         >>> @register_layer
         ... class LoRATransposed(LoRALayer, Transposed):
         ...     base_class = Transposed
+        ...     out_dim = 1  # where the outputs lie in the weight
         ...     @classmethod
         ...     def factor_shapes(cls, module, r):
         ...         inputs, outputs = module.weight.shape

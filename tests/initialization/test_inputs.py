@@ -114,11 +114,31 @@ def test_parts_of_a_fused_projection_get_the_same() -> None:
         torch.testing.assert_close(first @ first.t(), torch.eye(2), atol=1e-5, rtol=0)
 
 
+def test_layers_that_are_called_by_keyword() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(input=x)
+
+    net: Any = Net()
+    inject_lora(net, r=2, init="eva")
+    initialize_from_inputs(net, [torch.randn(8, 6)], net)
+    A = net.fc.lora.A.detach()
+    torch.testing.assert_close(A @ A.t(), torch.eye(2), atol=1e-5, rtol=0)
+
+
 def test_what_cannot_be_is_said() -> None:
     net = nn.Sequential(nn.Linear(6, 4))
     inject_lora(net, r=4, init="eva")
     with pytest.raises(ConfigError, match=r"0 \(r=4, 1 directions\).*init_batches"):
         initialize_from_inputs(net, [torch.randn(2, 6)], net)
+    with pytest.raises(ConfigError, match=r"0 \(r=4, 0 directions\)"):
+        initialize_from_inputs(net, [torch.full((8, 6), 0.1)], net)
+    with pytest.raises(ConfigError, match="inputs of '0' hold NaN or infinite values"):
+        initialize_from_inputs(net, [torch.full((8, 6), torch.nan)], net)
     with pytest.warns(UserWarning, match="never reached 0"):
         initialize_from_inputs(net, [], net)
     shake(net)

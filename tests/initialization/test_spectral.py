@@ -26,7 +26,7 @@ from lightning_lora import (
 from lightning_lora.adapters import read_adapter
 from lightning_lora.errors import CheckpointError, ConfigError
 from lightning_lora.initialization.spectral import sketched_factors
-from lightning_lora.layers import LoRAFactors
+from lightning_lora.layers import LoRAFactors, LoRALayer, register_layer
 from lightning_lora.metadata import base_fingerprint
 from tests.models import assert_same, hugging_face, snapshot
 from tests.modules import PlainClassifier, base_network, make_lora, make_trainer
@@ -322,6 +322,44 @@ def test_layers_that_are_no_matrices_are_refused(init: str) -> None:
     net = nn.Sequential(nn.Conv1d(2, 2, 1), nn.Linear(2, 2))
     with pytest.raises(ConfigError, match=r"0 \(Conv1d\)"):
         inject_lora(net, r=2, init=init, target_modules=["0", "1"])
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_layers_of_ones_own_say_how_their_weight_lies(init: str) -> None:
+    class Transposed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight
+
+    class LoRATransposed(LoRALayer, Transposed):
+        base_class = Transposed
+
+        @classmethod
+        def factor_shapes(cls, module: Any, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+            return (r, 6), (4, r)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lora(self.updated, x)  # type: ignore[no-any-return]
+
+        def updated(self, x: Tensor, A: Tensor, B: Tensor, scaling: float, _: float) -> Tensor:
+            return super().forward(x) + scaling * x @ A.t() @ B.t()
+
+        def delta_weight(self) -> Tensor:
+            A, B = self.lora.pair()
+            return self.lora.scaling * (B @ A).t()
+
+    register_layer(LoRATransposed)
+    with pytest.raises(ConfigError, match=r"'0' \(6, 4\) does not fit .*Set out_dim of LoRATr"):
+        inject_lora(nn.Sequential(Transposed()), r=2, alpha=6, init=init)
+    LoRATransposed.out_dim = 1
+    net, x = nn.Sequential(Transposed()), torch.randn(3, 6)
+    expected = net(x)
+    inject_lora(net, r=2, alpha=6, init=init)
+    assert net[0].lora.B.any()  # type: ignore[union-attr]
+    torch.testing.assert_close(net(x), expected)
 
 
 def test_weights_that_are_not_there_are_asked_for() -> None:

@@ -11,7 +11,9 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_lora.averaging import CURRENT, fill_in_base, keep_adapter
 from lightning_lora.checkpoints import (
     explain_unreadable,
     optimizer_names,
@@ -19,6 +21,8 @@ from lightning_lora.checkpoints import (
     require_metadata,
     require_training_state,
 )
+from lightning_lora.freezing import refuse_unfrozen
+from lightning_lora.injection import require_injection
 from lightning_lora.layers.siblings import join_layers, joined_layers
 from lightning_lora.metadata import (
     METADATA_KEY,
@@ -45,6 +49,8 @@ class Attachment:
 
     Attributes:
         sharding: How the strategy lays the model out.
+        prepare: See above.
+        check: See above.
     """
 
     def __init__(
@@ -55,7 +61,7 @@ class Attachment:
     ) -> None:
         self.sharding = sharding_of(strategy)
         self._strategy = strategy
-        self._prepare, self._check = prepare, check
+        self.prepare, self.check = prepare, check
         wrapped: Any = strategy
         wrapped.setup = partial(self._setup, strategy.setup)
         wrapped.load_checkpoint = partial(self._load_checkpoint, strategy.load_checkpoint)
@@ -75,20 +81,23 @@ class Attachment:
 
     def _setup(self, original: Any, trainer: Trainer) -> None:
         model = self._model
-        self._prepare(model)
-        self._check(model)
+        self.prepare(model)
+        self.check(model)
         self.sharding.setup(original, trainer, model)
         base_fingerprint(model)
 
     def _load_checkpoint(self, original: Any, checkpoint_path: Any, **kwargs: Any) -> Any:
         model = self._model
-        self._prepare(model)
+        self.prepare(model)
         with explain_unreadable(checkpoint_path):
             checkpoint = self.sharding.read(original, checkpoint_path, **kwargs)
         source = str(checkpoint_path)
         # Before any part of the checkpoint reaches the model, the loops or the optimizers.
         audit_metadata(model, require_metadata(checkpoint, source), source)
-        audit_state(model, checkpoint["state_dict"], source)
+        if not is_overridden("on_load_checkpoint", model):
+            # A hook of the module's may give the tensors the names that they have here.
+            for key in ("state_dict", CURRENT):
+                audit_state(model, checkpoint.get(key, checkpoint["state_dict"]), source)
         if model.trainer.state.fn == TrainerFn.FITTING:
             require_training_state(checkpoint, source)
             join_layers(modules_by_name(model), checkpoint[METADATA_KEY].get("joined", ()))
@@ -99,6 +108,7 @@ class Attachment:
 
     def _load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         self.sharding.load_state(self._model, checkpoint["state_dict"], "the checkpoint")
+        fill_in_base(checkpoint, self._model)
 
     def _load_optimizers(self, original: Any, checkpoint: Any) -> None:
         states = optimizer_states(checkpoint, self._strategy.optimizers, self._model)
@@ -111,6 +121,9 @@ class Attachment:
         self, original: Any, checkpoint: dict[str, Any], path: Any, **kwargs: Any
     ) -> None:
         model = self._model
+        if model.trainer.training:
+            refuse_unfrozen(model, require_injection(model).plan)
+        keep_adapter(checkpoint)
         modules = modules_by_name(model)
         checkpoint[METADATA_KEY] = {
             **checkpoint_metadata(model),

@@ -11,29 +11,36 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_lora.attachment import Attachment
+from lightning_lora.averaging import check_weight_averaging
+from lightning_lora.callback_settings import callback_problems
+from lightning_lora.checkpoints import explain_unreadable
 from lightning_lora.checks import (
     check_best_checkpoint,
+    check_finetuning,
     check_frozen_dtype,
+    check_hyperparameters,
+    check_modes,
     check_optimizers,
     check_strategy,
-    check_weight_averaging,
     quantize,
 )
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import ConfigError, SettingsError
 from lightning_lora.export import announce_export, export_model
 from lightning_lora.first_batches import initialize_from_first_batches
-from lightning_lora.freezing import cast_frozen, check_dtype, freeze
+from lightning_lora.freezing import cast_frozen, check_dtype, freeze, refuse_unfrozen
 from lightning_lora.injection import inject_lora, injection_of, require_injection
 from lightning_lora.metadata import base_fingerprint, frozen_parameters
 from lightning_lora.plan import Plan
 from lightning_lora.quantization import quantize_pending
-from lightning_lora.quantized_merging import MergeReport, check_merge_base, merging_into
+from lightning_lora.quantized_merging import MergeReport, merging_into
 from lightning_lora.resume import ExactResume
 from lightning_lora.starting import starting_state
 from lightning_lora.strategies import Replicated
@@ -144,34 +151,46 @@ class LoRACallback(Callback):
         verbose: bool = True,
     ) -> None:
         super().__init__()
-        self.config = LoRAConfig(
-            r=r,
-            alpha=alpha,
-            dropout=dropout,
-            target_modules=target_modules,
-            exclude_modules=exclude_modules,
-            layers_to_transform=layers_to_transform,
-            layers_pattern=layers_pattern,
-            rank_pattern=rank_pattern,
-            alpha_pattern=alpha_pattern,
-            bias=bias,
-            train_layer_norms=train_layer_norms,
-            train_embeddings=train_embeddings,
-            trainable_token_indices=trainable_token_indices,
-            modules_to_save=modules_to_save,
-            use_rslora=use_rslora,
-            use_dora=use_dora,
-            freeze_A=freeze_A,
-            init=init,
-            loftq_iter=loftq_iter,
+        problems = callback_problems(
+            init_from=init_from,
+            merge_on_fit_end=merge_on_fit_end,
+            merge_from=merge_from,
+            merge_base=merge_base,
+            export_dir=export_dir,
+            frozen_dtype=frozen_dtype,
+            init_batches=init_batches,
+            exact_resume=exact_resume,
+            verbose=verbose,
         )
-        if merge_from not in ("last", "best"):
-            raise ConfigError(f"merge_from must be 'last' or 'best', got {merge_from!r}")
-        if init_batches < 1:
-            raise ConfigError(f"init_batches must be at least 1, got {init_batches}")
+        try:
+            self.config = LoRAConfig(
+                r=r,
+                alpha=alpha,
+                dropout=dropout,
+                target_modules=target_modules,
+                exclude_modules=exclude_modules,
+                layers_to_transform=layers_to_transform,
+                layers_pattern=layers_pattern,
+                rank_pattern=rank_pattern,
+                alpha_pattern=alpha_pattern,
+                bias=bias,
+                train_layer_norms=train_layer_norms,
+                train_embeddings=train_embeddings,
+                trainable_token_indices=trainable_token_indices,
+                modules_to_save=modules_to_save,
+                use_rslora=use_rslora,
+                use_dora=use_dora,
+                freeze_A=freeze_A,
+                init=init,
+                loftq_iter=loftq_iter,
+            )
+        except SettingsError as error:
+            problems = [*error.problems, *problems]
+        if problems:
+            raise SettingsError(problems)
         self.init_batches = init_batches
         self.frozen_dtype = check_dtype(frozen_dtype)
-        self.merge_base = check_merge_base(merge_base)
+        self.merge_base = merge_base
         self.init_from = init_from
         self.merge_on_fit_end = merge_on_fit_end
         self.merge_from = merge_from
@@ -186,8 +205,6 @@ class LoRACallback(Callback):
         self._trainer: Trainer | None = None
         self._fitted = False
         self._stays_merged = False
-        # Whether the factors are still those that the injection has drawn.
-        self._is_fresh = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -202,7 +219,7 @@ class LoRACallback(Callback):
         built_later = is_overridden("configure_model", pl_module) or is_overridden(
             "setup", pl_module
         )
-        check_weight_averaging(trainer, self, built_later)
+        check_weight_averaging(trainer, self, built_later, self._sharding.is_sharded)
         if not built_later:
             self._prepare(pl_module)
 
@@ -212,20 +229,32 @@ class LoRACallback(Callback):
         # Sync-BatchNorm conversion and precision plugins replace modules or flags on the way here.
         freeze(pl_module, self.plan)
         check_optimizers(trainer, pl_module)
-        if self.init_from is not None and self._is_fresh and trainer.ckpt_path is None:
+        check_finetuning(trainer)
+        record = require_injection(pl_module)
+        if self.init_from is not None and record.fresh and trainer.ckpt_path is None:
             state = starting_state(pl_module, self.init_from)
             self._sharding.load_state(pl_module, state, self.init_from)
-        self._is_fresh = False
+        record.fresh = False
         if self.merge_from == "best":
             check_best_checkpoint(trainer)
+            check_hyperparameters(pl_module)
         if self.export_dir is not None:
-            announce_export(pl_module, self._sharding)
+            announce_export(pl_module, self._sharding, Path(self.export_dir))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_modes(pl_module, self.config.dropout)
         if self.config.init == "eva" and self.config.r:
             batches, sharded = self.init_batches, self._sharding.is_sharded
             initialize_from_first_batches(trainer, pl_module, batches, sharded)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # After all hooks at the start of the epoch, one of which may have unfrozen the base.
+        if batch_idx == 0:
+            refuse_unfrozen(pl_module, require_injection(pl_module).plan)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -288,15 +317,16 @@ class LoRACallback(Callback):
             strategy = self._trainer.strategy
             dtype = quantize(model, strategy.precision_plugin, self.config)
             quantize_pending(model, strategy.root_device)
+            if isinstance(strategy.precision_plugin, DoublePrecision):
+                # Before a checkpoint is loaded: Lightning converts after that.
+                strategy.precision_plugin.convert_module(model)
             self.plan = inject_lora(model, self.config, seed=self._seed(strategy))
-            self._is_fresh = True
             record = require_injection(model)
             record.merge_base, record.merge_dtype = self.merge_base, dtype
             # Now, while the base is in its own precision and nothing has been trained.
             if not any(parameter.is_meta for parameter in frozen_parameters(model)):
                 base_fingerprint(model)
-            if self.frozen_dtype is not None:
-                cast_frozen(model, self.frozen_dtype)
+            self._cast_frozen(model)
             if self.verbose and self._trainer.is_global_zero:
                 import rich
 
@@ -305,7 +335,13 @@ class LoRACallback(Callback):
             self.plan = inject_lora(model, self.config)
             if not self._stays_merged:
                 self._sharding.unmerge(model)
+                require_injection(model).merge_base = self.merge_base
+                self._cast_frozen(model)
             freeze(model, self.plan)
+
+    def _cast_frozen(self, model: LightningModule) -> None:
+        if self.frozen_dtype is not None:
+            cast_frozen(model, self.frozen_dtype)
 
     def _seed(self, strategy: Strategy) -> int:
         """The seed of the factors, the same on all ranks.
@@ -318,6 +354,12 @@ class LoRACallback(Callback):
 
     def _load_best(self, trainer: Trainer, pl_module: LightningModule) -> None:
         path = check_best_checkpoint(trainer).best_model_path
+        if not path and (getattr(trainer, "fast_dev_run", False) or not trainer.global_step):
+            rank_zero_warn(
+                "merge_from='best': this fit was none that saves a best checkpoint (fast_dev_run, "
+                "or no step), so the weights as they are were merged."
+            )
+            return
         if not path:
             raise ConfigError(
                 "merge_from='best': ModelCheckpoint has saved no best checkpoint in this fit, so "
@@ -325,19 +367,27 @@ class LoRACallback(Callback):
             )
         # By the strategy's own way of reading: the file may lie on remote storage.
         load = partial(trainer.strategy.checkpoint_io.load_checkpoint, weights_only=True)
-        checkpoint = self._sharding.read(load, path)
+        with explain_unreadable(path):
+            checkpoint = self._sharding.read(load, path)
         # What the module keeps beside its weights, such as a threshold, belongs to them.
         pl_module.on_load_checkpoint(checkpoint)
         self._sharding.load_state(pl_module, checkpoint["state_dict"], path)
 
     def _attach(self, strategy: Strategy) -> None:
-        attached = strategy.__dict__.get("_lightning_lora")
+        attached, attachment = strategy.__dict__.get("_lightning_lora", (None, None))
         if attached is self:
             return
-        if attached is not None:
+        assert self._trainer is not None
+        if attached in self._trainer.callbacks:  # type: ignore[attr-defined]
             raise ConfigError("The Trainer has two LoRACallbacks; give it one.")
-        strategy._lightning_lora = self  # type: ignore[attr-defined]
-        self._sharding = Attachment(strategy, self._prepare, self._check_merge).sharding
+        if attachment is None:
+            attachment = Attachment(strategy, self._prepare, self._check_merge)
+        else:
+            # The module's configure_callbacks gives another one for each stage.
+            attachment.prepare, attachment.check = self._prepare, self._check_merge
+            self._fitted = self._fitted or attached._fitted
+        strategy._lightning_lora = (self, attachment)  # type: ignore[attr-defined]
+        self._sharding = attachment.sharding
 
     def _check_merge(self, model: LightningModule) -> None:
         if not (self.merge_on_fit_end or self.export_dir is not None):

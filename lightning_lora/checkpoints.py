@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +36,9 @@ def explain_unreadable(path: Any) -> Iterator[None]:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} could not be read: it is damaged, or holds more than tensors and primitives, "
-            f"which are not loaded from untrusted files ({_first_line(error)})."
+            "which are not loaded from files that may come from elsewhere (such as objects in "
+            "save_hyperparameters: leave those out with ignore=[...]; of a file of your own, "
+            f"weights_only=False reads them). {_reason(error)}"
         ) from error
     except CheckpointError:
         raise
@@ -183,6 +186,12 @@ def _other_parameters(saved: list[list[str]], now: list[list[str]]) -> str:
 
 def _flat(groups: Iterable[Iterable[Any]]) -> list[Any]:
     return [each for group in groups for each in group]
+
+
+def _reason(error: BaseException) -> str:
+    """What torch says of the object that it does not load, without its advice."""
+    found = re.search(r"Unsupported (?:global|operand).*?(?=\. |\n|$)", str(error))
+    return found[0] if found else _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -16,9 +17,11 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
 )
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError
+from lightning_lora.layers import LoRAFactors
 from lightning_lora.names import listed, modules_by_name
 from lightning_lora.sharded import is_sharded
 from lightning_lora.trained import saved_modules
@@ -75,25 +78,35 @@ def quantize(model: LightningModule, plugin: Any, config: LoRAConfig) -> torch.d
     return plugin.dtype
 
 
-def check_weight_averaging(trainer: Trainer, lora: Callback, built_later: bool) -> None:
-    """Callbacks that average weights must copy the adapted model, not the bare one.
-
-    Args:
-        trainer: The Trainer.
-        lora: The LoRA callback among the Trainer's.
-        built_later: Whether the model is built after the callbacks' setup.
+def check_finetuning(trainer: Trainer) -> None:
+    """Callbacks that freeze and unfreeze layers decide what LoRA decides.
 
     Raises:
-        ConfigError: One of them copies the model before LoRA is in place.
+        ConfigError: The Trainer has one.
     """
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    for callback in callbacks if built_later else callbacks[: callbacks.index(lora)]:
-        if isinstance(callback, WeightAveraging):
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, BaseFinetuning):
             raise ConfigError(
-                f"{type(callback).__name__} copies the model in its setup, before LoRA is in "
-                "place. Put LoRACallback before it in the Trainer's callbacks, and build the model "
-                "in the LightningModule's __init__."
+                f"{type(callback).__name__} unfreezes layers during the fit, and LoRA trains and "
+                "saves the adapter alone. Leave one of the two out; what is to train whole from "
+                "the start goes into modules_to_save."
             )
+
+
+def check_modes(model: LightningModule, dropout: float) -> None:
+    """Say so where the adapter's dropout does nothing.
+
+    Args:
+        model: An adapted module whose training is about to start.
+        dropout: The probability that was asked for.
+    """
+    factors = [module for module in model.modules() if isinstance(module, LoRAFactors)]
+    if dropout and factors and not any(module.training for module in factors):
+        rank_zero_warn(
+            f"dropout={dropout} has no effect: the adapted layers are in evaluation mode, as "
+            "Hugging Face's from_pretrained leaves them and Lightning keeps them. Call .train() on "
+            "the model in the LightningModule's __init__."
+        )
 
 
 def check_frozen_dtype(trainer: Trainer, dtype: torch.dtype | None) -> None:
@@ -150,15 +163,48 @@ def _check_whole(optimizer: torch.optim.Optimizer) -> None:
 
 
 def check_best_checkpoint(trainer: Trainer) -> ModelCheckpoint:
-    """The `ModelCheckpoint` that decides what is best.
+    """The `ModelCheckpoint` that decides what is best: the first that monitors a metric.
 
     Raises:
-        ConfigError: There is none, or it monitors nothing.
+        ConfigError: There is none, or it keeps no checkpoint.
     """
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+            if callback.save_top_k == 0:
+                raise ConfigError(
+                    f"merge_from='best': the ModelCheckpoint that monitors {callback.monitor!r} "
+                    "has save_top_k=0 and keeps no checkpoint. Set save_top_k=1, or use "
+                    "merge_from='last'."
+                )
             return callback
     raise ConfigError(
         "merge_from='best' needs a ModelCheckpoint that monitors a metric, for instance "
         "ModelCheckpoint(monitor='val/loss', mode='min'). Add one, or use merge_from='last'."
     )
+
+
+def check_hyperparameters(model: LightningModule) -> None:
+    """What a checkpoint of this fit holds must be readable, for the best one is read in the end.
+
+    Raises:
+        ConfigError: Hyperparameters that are more than tensors and primitives.
+    """
+    found = {name: value for name, value in model.hparams.items() if not _is_readable(value)}
+    if found:
+        kinds = ", ".join(f"{name} ({type(value).__name__})" for name, value in found.items())
+        raise ConfigError(
+            f"merge_from='best' reads a checkpoint of this fit, and its hyperparameters hold what "
+            f"is not loaded from files: {kinds}. Leave them out with "
+            f"self.save_hyperparameters(ignore={sorted(found)}), or save them as text."
+        )
+
+
+def _is_readable(value: Any) -> bool:
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception:  # pickling and unpickling raise errors of many kinds
+        return False
+    return True

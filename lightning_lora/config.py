@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import ConfigError, SettingsError
 from lightning_lora.validation import (
     choice_problems,
     is_name_list,
@@ -91,7 +91,7 @@ class LoRAConfig:
         >>> LoRAConfig(r=-1, dropout=1.5)
         Traceback (most recent call last):
         ...
-        lightning_lora.errors.ConfigError: 2 problems in the LoRA settings:
+        lightning_lora.errors.SettingsError: 2 problems in the LoRA settings:
           - r must be a whole number of at least 1 (or 0 to adapt no layer), got -1
           - dropout must be in [0, 1), got 1.5
     """
@@ -133,9 +133,7 @@ class LoRAConfig:
                 )
         problems = list(self._problems())
         if problems:
-            count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-            lines = "".join(f"\n  - {problem}" for problem in problems)
-            raise ConfigError(f"{count} in the LoRA settings:{lines}")
+            raise SettingsError(problems)
 
     def scaling(self, r: int, alpha: float) -> float:
         """The factor in front of ``B @ A`` for a layer of this rank and alpha."""

@@ -13,6 +13,23 @@ class ConfigError(LightningLoRAError, ValueError):
     """A setting, or a combination of settings, that cannot be carried out."""
 
 
+class SettingsError(ConfigError):
+    """Everything that is wrong with some settings, reported at once.
+
+    Args:
+        problems: One line for each problem.
+    """
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__(problems)
+        self.problems = problems
+
+    def __str__(self) -> str:
+        count = len(self.problems)
+        lines = "".join(f"\n  - {problem}" for problem in self.problems)
+        return f"{count} problem{'s' if count > 1 else ''} in the LoRA settings:{lines}"
+
+
 class TargetError(LightningLoRAError, ValueError):
     """Names or patterns that match no layer of the model, or a layer that cannot be adapted."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from lightning_lora.injection import require_injection
 from lightning_lora.interop import write_adapter
 from lightning_lora.model_card import data_settings, training_settings
 from lightning_lora.model_record import hugging_face_part
-from lightning_lora.names import modules_by_name
+from lightning_lora.names import listed, modules_by_name
 from lightning_lora.quantization import quantized_layers
 from lightning_lora.state import adapter_state_dict
 from lightning_lora.strategies import Replicated, write_tensors
@@ -75,12 +76,20 @@ def export_model(
     return exported
 
 
-def announce_export(module: LightningModule, sharding: Replicated) -> None:
+def announce_export(module: LightningModule, sharding: Replicated, directory: Path) -> None:
     """Say before a fit what its export will need, where that is more than a layer at a time.
 
+    Args:
+        module: The LightningModule that LoRA was injected into.
+        sharding: How the model lies over the processes.
+        directory: The folder that is to hold the export.
+
     Raises:
-        ConfigError: The base is quantized and sharded: packed shards are no model's files.
+        ConfigError: The base is quantized and sharded: packed shards are no model's files. Or the
+            folder cannot be written, or holds files that are no earlier export's.
     """
+    for name in ("adapter", "merged"):
+        _check_folder(directory / name)
     if sharding.is_sharded and quantized_layers(module):
         raise ConfigError(
             "export_dir: a quantized base that is sharded is not written as a merged model. Leave "
@@ -99,6 +108,25 @@ def announce_export(module: LightningModule, sharding: Replicated) -> None:
             f"{size:.1f} GB. Leave export_dir out if that does not fit, and merge a checkpoint "
             "elsewhere."
         )
+
+
+def _check_folder(folder: Path) -> None:
+    """Find out before a fit what its end would stumble over."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        why = "cannot be written to" if there.is_dir() else "is a file"
+        raise ConfigError(f"export_dir: {there} {why}. Choose another folder.")
+    foreign = sorted(p.name for p in folder.glob("*") if not _is_exported(p))
+    if foreign:
+        raise ConfigError(
+            f"export_dir: {folder} holds what no export has written ({listed(foreign, limit=3)}), "
+            "and an export replaces the whole folder. Choose another, or move that away."
+        )
+
+
+def _is_exported(path: Path) -> bool:
+    suffixes = (".safetensors", ".json", ".md", ".jinja", ".model", ".py", ".bin")
+    return path.suffix in suffixes or path.name in ("vocab.txt", "merges.txt")
 
 
 def _write(

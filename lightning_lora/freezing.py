@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from lightning_lora.errors import ConfigError
 from lightning_lora.layers import Masters
 from lightning_lora.matching import inside
-from lightning_lora.names import clean_name, modules_by_name, parameters_of
+from lightning_lora.names import clean_name, listed, modules_by_name, parameters_of
 from lightning_lora.plan import Plan
 from lightning_lora.quantization import quantized_layers
 
@@ -27,6 +27,44 @@ def freeze(model: nn.Module, plan: Plan) -> None:
     again repairs what others changed.
     """
     modules = modules_by_name(model)
+    for _, parameter, wanted in _wanted(modules, plan):
+        if parameter.requires_grad != wanted:
+            parameter.requires_grad_(wanted)
+    for name, module in modules.items():
+        if isinstance(module, _NormBase) and module.track_running_stats:
+            trains = any(parameter.requires_grad for parameter in module.parameters())
+            if not trains and not inside(name, plan.saved_modules):
+                _hold_in_evaluation(module)
+
+
+def refuse_unfrozen(model: nn.Module, plan: Plan) -> None:
+    """Stop before a base that was unfrozen is trained, which no checkpoint would hold.
+
+    Args:
+        model: The adapted model.
+        plan: What trains.
+
+    Raises:
+        ConfigError: Parameters require gradients that are to stay as they are.
+    """
+    unfrozen = [
+        name
+        for name, parameter, wanted in _wanted(modules_by_name(model), plan)
+        if parameter.requires_grad and not wanted
+    ]
+    if unfrozen:
+        raise ConfigError(
+            f"{len(unfrozen)} parameters of the frozen base were unfrozen during the fit: "
+            f"{listed(unfrozen, limit=3)}. Checkpoints hold the adapter alone, so what they learn "
+            "would be lost. Name what is to train whole in modules_to_save (or bias, "
+            "train_layer_norms, train_embeddings), and leave requires_grad to LoRACallback."
+        )
+
+
+def _wanted(
+    modules: Mapping[str, nn.Module], plan: Plan
+) -> Iterator[tuple[str, nn.Parameter, bool]]:
+    """Each parameter with its name, and whether it trains."""
     trained = {parameter.name for parameter in plan.trained}
     factors = {
         id(parameter)
@@ -36,14 +74,7 @@ def freeze(model: nn.Module, plan: Plan) -> None:
         if leaf not in module.frozen
     }
     for name, parameter in parameters_of(modules).items():
-        wanted = id(parameter) in factors or name in trained
-        if parameter.requires_grad != wanted:
-            parameter.requires_grad_(wanted)
-    for name, module in modules.items():
-        if isinstance(module, _NormBase) and module.track_running_stats:
-            trains = any(parameter.requires_grad for parameter in module.parameters())
-            if not trains and not inside(name, plan.saved_modules):
-                _hold_in_evaluation(module)
+        yield name, parameter, id(parameter) in factors or name in trained
 
 
 def release(model: nn.Module, requires_grad: Collection[str]) -> None:

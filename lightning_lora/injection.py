@@ -68,6 +68,7 @@ class Injection:
         originals: The packed weights that LoftQ has replaced, by the name of the layer.
         hidden_flags: While merged, what made transformers take a module for a quantized one.
         by_row: Whether it stands for the adapters of a batch's rows, and is none by itself.
+        fresh: Whether the factors are still those that the injection has drawn, as far as is known.
     """
 
     config: LoRAConfig
@@ -86,6 +87,7 @@ class Injection:
     originals: dict[str, nn.Parameter] = field(default_factory=dict)
     hidden_flags: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
     by_row: bool = False
+    fresh: bool = True
 
 
 def inject_lora(
@@ -136,6 +138,11 @@ def inject_lora(
                 f"({_differences(earlier.config, config)}). Call remove_lora(model) first."
             )
         return earlier.plan
+    if type(model).__name__ == "_FabricModule":
+        raise ConfigError(
+            "Fabric has wrapped this module already. Inject into the module itself, before "
+            "fabric.setup, and give that to save_adapter, merge_lora and the others too."
+        )
     modules = modules_by_name(model)
     for name, module in modules.items():
         if isinstance(module, LoRALayer) or ATTRIBUTE in module.__dict__:

@@ -68,6 +68,7 @@ def load_adapter_state_dict(
     audit_state(model, state, source)
     reshard(model)
     restore_rounds(model, record.plan, record.originals, state, source)
+    record.fresh = False
     modules = modules_by_name(model)
     buffers = persistent_buffers(model, modules)
     for name, tensor in {**trained_parameters(modules, record), **buffers}.items():

@@ -10,7 +10,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import TargetError
 from lightning_lora.heads import task_heads
 from lightning_lora.matching import inside, suffix_matches, suggest
-from lightning_lora.names import clean_name
+from lightning_lora.names import clean_name, parameters_of
 from lightning_lora.plan import TrainedParameter
 
 _NORM_TYPES = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
@@ -27,6 +27,12 @@ def saved_modules(modules: dict[str, nn.Module], config: LoRAConfig) -> tuple[st
     found = []
     for wanted in config.modules_to_save or ():
         names = [name for name in modules if suffix_matches(wanted, name)]
+        parameter = next((p for p in parameters_of(modules) if suffix_matches(wanted, p)), None)
+        if not names and parameter is not None:
+            raise TargetError(
+                f"modules_to_save: {wanted!r} is a parameter ({parameter}), and only modules can "
+                "be named. Let it be part of a module of its own, and name that."
+            )
         if not names:
             raise TargetError(
                 f"modules_to_save: {wanted!r} matched nothing. {suggest(wanted, modules)}"

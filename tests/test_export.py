@@ -11,6 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, L
 from transformers import LlamaForCausalLM as Llama
 
 from lightning_lora import inject_lora, load_adapter
+from lightning_lora.errors import ConfigError
 from lightning_lora.export import announce_export
 from tests.models import hugging_face
 from tests.modules import PlainClassifier, make_lora, make_trainer
@@ -79,15 +80,29 @@ def test_a_head_beside_the_hugging_face_model_is_exported_too(tmp_path: Path) ->
     assert not any("lora" in key for key in merged)
 
 
+def test_a_folder_that_cannot_be_replaced_is_refused_before_the_fit(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for _ in range(2):  # an earlier export is replaced
+        make_trainer(tmp_path, make_lora(export_dir=str(out)), max_epochs=1).fit(PlainClassifier())
+    (out / "merged" / "keep.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"merged holds what no export has written \(keep.txt\)"):
+        make_trainer(tmp_path, make_lora(export_dir=str(out))).fit(PlainClassifier())
+    assert (out / "merged" / "keep.txt").read_text() == "mine"
+    with pytest.raises(ConfigError, match=r"keep.txt is a file. Choose another folder"):
+        make_trainer(tmp_path, make_lora(export_dir=str(out / "merged" / "keep.txt"))).fit(
+            PlainClassifier()
+        )
+
+
 @pytest.mark.parametrize(("name", "said"), [("mixtral", True), ("llama", False)])
 def test_what_a_sharded_export_will_need_is_said_before_the_fit(
-    name: str, said: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, said: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     messages: list[str] = []
     monkeypatch.setattr("lightning_lora.export.rank_zero_info", messages.append)
     module = Wrapped(hugging_face(name))
     inject_lora(module, r=2)
-    announce_export(module, SimpleNamespace(is_sharded=True))  # type: ignore[arg-type]
+    announce_export(module, SimpleNamespace(is_sharded=True), tmp_path)  # type: ignore[arg-type]
     assert [("join or split its parameters" in message) for message in messages] == [True] * said
-    announce_export(module, SimpleNamespace(is_sharded=False))  # type: ignore[arg-type]
+    announce_export(module, SimpleNamespace(is_sharded=False), tmp_path)  # type: ignore[arg-type]
     assert len(messages) == said

@@ -286,3 +286,14 @@ def test_training_learns_and_leaves_the_base_alone() -> None:
         losses.append(loss.item())
     assert losses[-1] < 0.75 * losses[0]
     assert all(torch.equal(dict(model.named_parameters())[n], p) for n, p in base.items())
+
+
+def test_what_fabric_has_wrapped_is_refused() -> None:
+    from lightning.fabric import Fabric
+
+    net = nn.Sequential(nn.Linear(4, 4))
+    wrapped = Fabric(accelerator="cpu", devices=1).setup(net)
+    with pytest.raises(ConfigError, match=r"Inject into the module itself, before fabric\.setup"):
+        inject_lora(wrapped, r=2)
+    inject_lora(net, r=2)
+    assert set(adapter_state_dict(net)) == {"0.lora.A", "0.lora.B"}

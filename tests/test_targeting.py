@@ -163,6 +163,10 @@ def test_a_target_that_is_saved_whole_is_not_adapted() -> None:
         ({"exclude_modules": r"fc\d|head"}, "No layer is left to adapt"),
         ({"modules_to_save": ["fc1", "fc2", "head"]}, "No layer is left to adapt"),
         (
+            {"modules_to_save": ["fc1.weight"]},
+            "'fc1.weight' is a parameter (fc1.weight), and only modules can be named",
+        ),
+        (
             {"modules_to_save": ["haed"]},
             "modules_to_save: 'haed' matched nothing. Nearest names: head",
         ),

@@ -36,7 +36,12 @@ from lightning_lora.errors import ConfigError, SettingsError
 from lightning_lora.export import announce_export, export_model
 from lightning_lora.first_batches import initialize_from_first_batches
 from lightning_lora.freezing import cast_frozen, check_dtype, freeze, refuse_unfrozen
-from lightning_lora.injection import inject_lora, injection_of, require_injection
+from lightning_lora.injection import (
+    forget_rebuilt,
+    inject_lora,
+    injection_of,
+    require_injection,
+)
 from lightning_lora.metadata import base_fingerprint, frozen_parameters
 from lightning_lora.plan import Plan
 from lightning_lora.quantization import quantize_pending
@@ -312,6 +317,7 @@ class LoRACallback(Callback):
 
     def _prepare(self, model: LightningModule) -> None:
         """Bring the model into the state that a stage starts from: adapted, unmerged, frozen."""
+        forget_rebuilt(model)
         if injection_of(model) is None:
             assert self._trainer is not None
             strategy = self._trainer.strategy

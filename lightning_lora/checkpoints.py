@@ -6,6 +6,7 @@ import pickle
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +111,17 @@ def optimizer_names(
         modules: The model's modules by name.
     """
     names = {id(parameter): name for name, parameter in parameters_of(modules).items()}
-    return [
-        [[names.get(id(p), "?") for p in group["params"]] for group in optimizer.param_groups]
-        for optimizer in optimizers
-    ]
+    found = []
+    for optimizer in optimizers:
+        # Parameters from outside the module are told apart by their order.
+        unnamed = count()
+        found.append(
+            [
+                [names.get(id(p)) or f"?{next(unnamed)}" for p in group["params"]]
+                for group in optimizer.param_groups
+            ]
+        )
+    return found
 
 
 def optimizer_states(

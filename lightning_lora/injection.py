@@ -201,6 +201,21 @@ def injection_of(model: nn.Module) -> Injection | None:
     return record if isinstance(record, Injection) else None
 
 
+def forget_rebuilt(model: nn.Module) -> None:
+    """Drop the record of what was injected into layers that are no longer there.
+
+    A LightningModule may build its network anew in each stage.
+    """
+    record = injection_of(model)
+    if record is None or not record.plan.targets:
+        return
+    modules = modules_by_name(model)
+    if not any(
+        "lora" in modules[t.name]._modules for t in record.plan.targets if t.name in modules
+    ):
+        del unwrap(model).__dict__[ATTRIBUTE]
+
+
 def require_injection(model: nn.Module) -> Injection:
     """The record of what was injected into a model.
 

@@ -394,6 +394,28 @@ def test_stochastic_weight_averaging(tmp_path: Path) -> None:
     assert changed and all(k.endswith("weight") for k in changed)
 
 
+class Rebuilding(PlainClassifier):
+    """Builds its network anew in each stage."""
+
+    def setup(self, stage: str) -> None:
+        self.net = base_network("mlp", 0.0)
+
+
+def test_a_network_that_is_built_anew_in_each_stage(tmp_path: Path) -> None:
+    module = Rebuilding()
+    trainer = make_trainer(tmp_path, make_lora())
+    trainer.validate(module)
+    trainer.fit(module)
+    fitted = {name: value.clone() for name, value in module.net.state_dict().items()}
+    (best,) = trainer.test(module, ckpt_path="best")
+    (again,) = trainer.test(module, ckpt_path="best")
+    assert best == again
+    trainer = make_trainer(tmp_path, make_lora())
+    trainer.fit(module, ckpt_path=tmp_path / "last.ckpt")
+    for name, value in module.net.state_dict().items():
+        assert torch.equal(value, fitted[name])
+
+
 def test_two_callbacks_are_refused(tmp_path: Path) -> None:
     class Another(LoRACallback):
         @property

@@ -45,6 +45,21 @@ def test_states_follow_their_parameters_into_another_order() -> None:
         assert torch.equal(second.state[parameter]["exp_avg"], first.state[parameter]["exp_avg"])
 
 
+def test_parameters_from_outside_the_module_keep_their_states() -> None:
+    model, others = mlp(), [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))]
+
+    def optimizer() -> torch.optim.Optimizer:
+        return torch.optim.Adam([*others, *model.parameters()], lr=0.1)
+
+    before = optimizer()
+    for number, parameter in enumerate([*others, *model.parameters()]):
+        parameter.grad = torch.full_like(parameter, number + 1.0)
+    before.step()
+    (state,) = optimizer_states(saved(model, before), [optimizer()], model)
+    for number, value in before.state_dict()["state"].items():
+        assert torch.equal(state["state"][number]["exp_avg"], value["exp_avg"])
+
+
 def test_a_file_without_names_goes_by_numbers() -> None:
     model = mlp()
     optimizer = adam(model, ["fc1.weight"])

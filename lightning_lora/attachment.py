@@ -33,6 +33,7 @@ from lightning_lora.metadata import (
 from lightning_lora.names import modules_by_name
 from lightning_lora.state import audit_state
 from lightning_lora.strategies import sharding_of
+from lightning_lora.tokenizer_files import tokenizer_of, tokenizer_settings
 
 
 class Attachment:
@@ -129,5 +130,8 @@ class Attachment:
             **checkpoint_metadata(model),
             "optimizers": optimizer_names(self._strategy.optimizers, modules),
             "joined": joined_layers(modules),
+            "tokenizer": tokenizer_settings(
+                tokenizer_of(model, getattr(model.trainer, "datamodule", None))
+            ),
         }
         self.sharding.save(original, checkpoint, path, **kwargs)

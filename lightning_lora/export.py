@@ -26,6 +26,7 @@ from lightning_lora.names import listed, modules_by_name
 from lightning_lora.quantization import quantized_layers
 from lightning_lora.state import adapter_state_dict
 from lightning_lora.strategies import Replicated, write_tensors
+from lightning_lora.tokenizer_files import tokenizer_of
 
 
 def export_model(
@@ -152,9 +153,7 @@ def _write(
         else:
             write_configs(model, folder)
             write_tensors(tensors, folder)
-    tokenizer = getattr(module, "tokenizer", None) or getattr(
-        getattr(trainer, "datamodule", None), "tokenizer", None
-    )
+    tokenizer = tokenizer_of(module, getattr(trainer, "datamodule", None))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

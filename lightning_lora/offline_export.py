@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from safetensors import SafetensorError
 
-from lightning_lora.base_on_disk import side_files
 from lightning_lora.errors import CheckpointError
 from lightning_lora.interop import write_adapter
 from lightning_lora.model_card import facts_of_run
 from lightning_lora.peft_format import to_peft_config, to_peft_tensors
 from lightning_lora.skeleton import Skeleton, build_skeleton
 from lightning_lora.stored import StoredAdapter, base_folder, read_stored_adapter
+from lightning_lora.tokenizer_files import tokenizer_files
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,12 @@ class Export:
     Attributes:
         adapter: The adapter.
         skeleton: The model without weights.
-        tokenizer: The files of the base's tokenizer, where it is on this machine.
+        folder: The folder of the base, for its tokenizer, where it is on this machine.
     """
 
     adapter: StoredAdapter
     skeleton: Skeleton
-    tokenizer: tuple[Path, ...]
+    folder: Path | None
 
 
 def prepare_export(checkpoint: str | Path, base: str | Path | None = None) -> Export:
@@ -55,7 +56,7 @@ def prepare_export(checkpoint: str | Path, base: str | Path | None = None) -> Ex
     to_peft_config(skeleton.root, skeleton.prefix)
     if folder is None and adapter.base_name and Path(adapter.base_name).expanduser().is_dir():
         folder = Path(adapter.base_name).expanduser()
-    return Export(adapter, skeleton, () if folder is None else tuple(side_files(folder)))
+    return Export(adapter, skeleton, folder)
 
 
 def write_export(export: Export, directory: str | Path) -> list[Path]:
@@ -77,17 +78,24 @@ def write_export(export: Export, directory: str | Path) -> list[Path]:
         k: adapter.checkpoint[k] for k in ("epoch", "global_step") if k in adapter.checkpoint
     }
     try:
-        write_adapter(
-            skeleton.root,
-            directory,
-            skeleton.part,
-            adapter.state,
-            export.tokenizer,
-            training=training,
-            data=data,
-            scores=scores,
-            position=position,
-        )
+        with TemporaryDirectory() as scratch:
+            settings = adapter.metadata.get("tokenizer")
+            files = (
+                ()
+                if export.folder is None
+                else tokenizer_files(export.folder, settings, Path(scratch))
+            )
+            write_adapter(
+                skeleton.root,
+                directory,
+                skeleton.part,
+                adapter.state,
+                files,
+                training=training,
+                data=data,
+                scores=scores,
+                position=position,
+            )
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{directory} cannot be written: {reason}.") from error

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from lightning_lora.base_on_disk import (
     base_tensors,
     fingerprint_of_files,
     merged_dtypes,
-    side_files,
 )
 from lightning_lora.errors import CheckpointError, ConfigError
 from lightning_lora.export import only_renames
@@ -31,6 +31,7 @@ from lightning_lora.names import listed, modules_by_name
 from lightning_lora.skeleton import Skeleton, build_skeleton
 from lightning_lora.state import trained_shapes
 from lightning_lora.stored import StoredAdapter, base_folder, read_stored_adapter
+from lightning_lora.tokenizer_files import tokenizer_files
 from lightning_lora.weight_files import NotPlainlyStoredError, weight_places
 from lightning_lora.whole_merging import load_whole, save_whole
 
@@ -146,8 +147,10 @@ def write_merge(
                 save_whole(merge.live, merge.skeleton.part, fresh, shard, merge.dtype)
             else:
                 write_layers(merge, fresh, shard, progress)
-            for file in side_files(merge.folder):
-                shutil.copyfile(file, fresh / file.name)
+            with TemporaryDirectory() as scratch:
+                settings = merge.adapter.metadata.get("tokenizer")
+                for file in tokenizer_files(merge.folder, settings, Path(scratch)):
+                    shutil.copyfile(file, fresh / file.name)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{output} cannot be written: {reason}.") from error

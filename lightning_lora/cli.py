@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from lightning_lora.cli_paths import complete_arguments
@@ -103,7 +106,10 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         if arguments[0] in _COMMANDS:
             module, function = _COMMANDS[arguments[0]]
-            getattr(importlib.import_module(f"lightning_lora.{module}"), function)(arguments[1:])
+            with _ending_on_sigterm():
+                run = getattr(importlib.import_module(f"lightning_lora.{module}"), function)
+                run(arguments[1:])
+                sys.stdout.flush()
             return
         # Classes of the user's own are named by class_path and lie in the working directory.
         sys.path.insert(0, str(Path.cwd()))
@@ -116,12 +122,32 @@ def main(args: Sequence[str] | None = None) -> None:
         from lightning_lora.cli_run import LoRACLI
 
         LoRACLI(arguments)
+    except BrokenPipeError:
+        # Whoever read the output has left. Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except Exception as error:
         mistake = _mistake_behind(error)
         if mistake is None or os.environ.get(TRACEBACK_VARIABLE):
             raise
         print(f"error: {_message_of(mistake)}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+@contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end a command as an exception does, so that nothing half-written is left.
+
+    Not for fits, where Lightning has a use for it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _mistake_behind(error: BaseException | None) -> LightningLoRAError | None:

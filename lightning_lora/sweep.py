@@ -24,9 +24,12 @@ from filelock import FileLock, Timeout
 from lightning_lora.cli_paths import CHECKPOINTS, LAST, runs
 from lightning_lora.errors import ConfigError
 from lightning_lora.files import replacing_file
+from lightning_lora.run_lock import holding, name_holder
 
 RESULT, LOG, _REQUEST = "result.json", "log.txt", "request.json"
 _LOCK = ".lock"
+# Seconds for a fit to end by itself: Lightning does so after the batch.
+_PATIENCE = 20.0
 LORA = "lora"
 # Without factors (r=0) the callback trains what else is set to train: the task's head alone, with
 # all biases (arXiv:2106.10199), or the whole model, which the recipes hold as `model`.
@@ -233,18 +236,21 @@ def finished(run: Run, folder: Path) -> Result | None:
 
 def _carry_out(run: Run, folder: Path) -> Result:
     request = _request(run)
-    if folder.exists() and _read(folder / _REQUEST) != request:
-        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / _REQUEST, request)
-    start = time.monotonic()
-    last = _last_checkpoint(folder)
-    code = _fit(run, folder, last)
-    if code and last is not None:
-        # What cannot be resumed (a checkpoint cut short, say) begins anew.
-        for earlier in runs(folder):
-            shutil.rmtree(earlier)
-        code = _fit(run, folder, None)
+    with holding(folder) as held:
+        if _read(folder / _REQUEST) != request:
+            for earlier in runs(folder):
+                shutil.rmtree(earlier)
+            (folder / RESULT).unlink(missing_ok=True)
+        _write(folder / _REQUEST, request)
+        start = time.monotonic()
+        last = _last_checkpoint(folder)
+        code = _fit(run, folder, last, held)
+        if code and last is not None:
+            # What cannot be resumed (a checkpoint cut short, say) begins anew.
+            for earlier in runs(folder):
+                shutil.rmtree(earlier)
+            code = _fit(run, folder, None, held)
     seconds = time.monotonic() - start
     if code:
         return Result(run.method, run.settings, run.seed, error=_error(folder, code))
@@ -258,18 +264,34 @@ def _carry_out(run: Run, folder: Path) -> Result:
     return result
 
 
-def _fit(run: Run, folder: Path, checkpoint: Path | None) -> int:
+def _fit(run: Run, folder: Path, checkpoint: Path | None, held: tuple[int, ...]) -> int:
     options = [part for key, value in run.arguments.items() for part in (f"--{key}", value)]
     options += ["--output_dir", str(folder)]
     if checkpoint is not None:
         options += ["--ckpt_path", str(checkpoint)]
     with (folder / LOG).open("w", encoding="utf-8") as log:
-        return subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, "-m", "lightning_lora.cli", "fit", *options],
             stdout=log,
             stderr=subprocess.STDOUT,
-            check=False,
-        ).returncode
+            pass_fds=held,
+        )
+        name_holder(held, process.pid)
+        try:
+            return process.wait()
+        except BaseException:
+            _end(process)
+            raise
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a fit whose sweep is ended."""
+    process.terminate()
+    try:
+        process.wait(_PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _last_checkpoint(folder: Path) -> Path | None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import os
 import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +17,7 @@ import yaml
 
 from lightning_lora.cli import main
 from lightning_lora.history import metrics_files, read_history
-from tests.commands import imported, run_command
+from tests.commands import ROOT, imported, run_command
 
 CONFIG = """\
 trainer:
@@ -353,3 +356,40 @@ def test_defects_keep_their_traceback(here: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(TextClassifier, "test_step", broken)
     with pytest.raises(RuntimeError, match="a defect"):
         main(["test", "--config", "tiny.yaml", "--ckpt_path", "best"])
+
+
+def test_a_reader_that_leaves_is_no_defect(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m lightning_lora.cli configs show quickstart | head -c 5"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}; sleep 1"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert len(done.stdout) == 5 and done.stderr == ""
+
+
+@pytest.mark.parametrize("name", ["merge", "fit"])
+def test_sigterm_ends_commands_but_is_lightnings_in_a_fit(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+
+    def run(*_: object) -> None:
+        found.append(signal.getsignal(signal.SIGTERM))
+        if name == "merge":
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("lightning_lora.cli_merge.run_merge", run)
+    monkeypatch.setattr("lightning_lora.cli_run.LoRACLI", run)
+    before = signal.getsignal(signal.SIGTERM)
+    if name == "merge":
+        with pytest.raises(SystemExit) as ended:
+            main(["merge"])
+        assert ended.value.code == 143 and found != [before]
+    else:
+        main(["fit", "--config", "quickstart"])
+        assert found == [before]
+    assert signal.getsignal(signal.SIGTERM) == before

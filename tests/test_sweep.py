@@ -79,7 +79,7 @@ class Fits:
         monkeypatch.setattr(sweep, "_fit", self.fit)
         monkeypatch.setattr("lightning_lora.sweep_results.read_result", self.read)
 
-    def fit(self, run: Run, folder: Path, checkpoint: Path | None) -> int:
+    def fit(self, run: Run, folder: Path, checkpoint: Path | None, _: tuple[int, ...]) -> int:
         self.calls.append((run.name, checkpoint))
         if checkpoint is None:
             (folder / "version_0/checkpoints").mkdir(parents=True)

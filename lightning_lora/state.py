@@ -146,11 +146,18 @@ def trained_parameters(
         record: What was injected.
     """
     places = {name: place for place, name in enumerate(modules)}
-    owned = [(name.rpartition("."), name) for name in trained_shapes(record)]
-    owned = [each for each in owned if each[0][0] in places]
+    owned = []
+    for name in trained_shapes(record):
+        owner, _, leaf = name.rpartition(".")
+        above, _, child = owner.rpartition(".")
+        if owner in places:
+            owned.append((places[owner], name, modules[owner]._parameters.get(leaf)))
+        elif above in places and (shared := modules[above]._modules.get(child)) is not None:
+            # Rows of a table that several embeddings share are among the modules once, with the
+            # first of those.
+            owned.append((places[above], name, shared._parameters.get(leaf)))
     found = {}
-    for (owner, _, leaf), name in sorted(owned, key=lambda each: places[each[0][0]]):
-        parameter = modules[owner]._parameters.get(leaf)
+    for _, name, parameter in sorted(owned, key=lambda each: each[0]):
         if parameter is not None:
             found[name] = parameter
     for name, layer in record.replaced.items():

@@ -20,6 +20,7 @@ from lightning_lora import (
     add_weighted_adapter,
     inject_lora,
     load_adapter,
+    load_adapter_state_dict,
     load_lightning_module,
     merge_lora,
     remove_lora,
@@ -362,3 +363,43 @@ def test_adapters_with_rows_take_turns(tmp_path: Path) -> None:
         add_weighted_adapter(model, ["first", "none"], [0.5, 0.5], "both", "cat")
     with pytest.raises(ConfigError, match="'first' trains"), adapter_per_row(model, ["first"] * 2):
         pass
+
+
+def test_rows_of_a_table_with_several_names(tmp_path: Path) -> None:
+    # Of these the list means the second that shares the table.
+    model: Any = marian()
+    plan = inject_lora(model, r=2, alpha=6, target_modules="qv", trainable_token_indices=[3, 5])
+    (target,) = plan.tokens
+    assert target.name == "model.encoder.embed_tokens" and "model.shared" in target.tied
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    state = adapter_state_dict(model)
+    assert state[f"{target.name}.trainable_tokens.rows"].shape == (2, 16)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sum(value.numel() for value in state.values()) == trained
+    ids = torch.tensor([[3, 4, 5, 6]])
+    expected = model(ids, decoder_input_ids=ids).logits
+    other: Any = marian()
+    inject_lora(other, r=2, alpha=6, target_modules="qv", trainable_token_indices=[3, 5])
+    load_adapter_state_dict(other, state)
+    assert torch.equal(other(ids, decoder_input_ids=ids).logits, expected)
+    save_adapter(model, tmp_path)
+    loaded: Any = marian()
+    load_adapter(loaded, tmp_path)
+    torch.testing.assert_close(loaded(ids, decoder_input_ids=ids).logits, expected)
+
+
+def marian() -> nn.Module:
+    from transformers import MarianConfig, MarianMTModel
+
+    sizes = {
+        f"{side}_{what}": value
+        for side in ("encoder", "decoder")
+        for what, value in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 16))
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = MarianConfig(vocab_size=40, d_model=16, pad_token_id=0, **sizes)
+        return MarianMTModel(config).eval()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lightning_lora.initialization.inputs import initialize_from_inputs
     from lightning_lora.initialization.ranks import redistribute_ranks
     from lightning_lora.injection import inject_lora
-    from lightning_lora.interop import load_adapter, save_adapter, swap_adapter
+    from lightning_lora.interop import load_adapter, save_adapter
     from lightning_lora.layers import LoRALayer, register_layer
     from lightning_lora.loading import load_lightning_module
     from lightning_lora.merging import merge_lora, unmerge_lora
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lightning_lora.scaling import adapter_scaled, scale_adapter
     from lightning_lora.state import adapter_state_dict, load_adapter_state_dict
     from lightning_lora.strategies import FSDP2Strategy
+    from lightning_lora.swapping import swap_adapter
 
 __version__ = "0.1.0"
 
@@ -99,7 +100,7 @@ _HOMES = {
     "save_adapter": "lightning_lora.interop",
     "scale_adapter": "lightning_lora.scaling",
     "set_adapter": "lightning_lora.adapter_set",
-    "swap_adapter": "lightning_lora.interop",
+    "swap_adapter": "lightning_lora.swapping",
     "unmerge_lora": "lightning_lora.merging",
     "validate_merged": "lightning_lora.comparison",
 }

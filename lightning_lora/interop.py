@@ -32,7 +32,7 @@ from lightning_lora.peft_format import (
 )
 from lightning_lora.plan import Plan
 from lightning_lora.removal import remove_lora
-from lightning_lora.sharded import all_wholes, is_sharded, whole
+from lightning_lora.sharded import all_wholes, is_sharded
 from lightning_lora.start import keeps_start, starts
 from lightning_lora.state import adapter_state_dict, load_adapter_state_dict
 from lightning_lora.tokens import CHILD
@@ -126,43 +126,6 @@ def load_adapter(model: nn.Module, path: str | Path, strict_base: bool = True) -
             before.
     """
     return load_source(model, read_source(Path(path), model), str(path), strict_base)
-
-
-def swap_adapter(model: nn.Module, path: str | Path) -> Plan:
-    """Put another adapter in the place of the present one; a merged model is merged again, from its
-    exact base, and is then bitwise what a fresh merge gives.
-
-    To go back and forth between adapters that stay in memory, see `lightning_lora.add_adapter`; of
-    several the active one is replaced, and the new one is called ``"default"`` where its settings
-    are others.
-
-    Args:
-        model: The module that LoRA was injected into.
-        path: As for `load_adapter`; the new adapter may have other settings.
-
-    Returns:
-        The plan of the new adapter.
-
-    Raises:
-        ConfigError: The model has no LoRA.
-        CheckpointError: The new adapter is missing, damaged, or does not fit.
-    """
-    record = require_injection(model)
-    adapter = read_source(Path(path), model)
-    merged, old_config = record.merged, record.config
-    old_state = {name: whole(tensor).clone() for name, tensor in adapter_state_dict(model).items()}
-    if old_config != adapter[0]:
-        remove_lora(model)
-    try:
-        return load_source(model, adapter, str(path), strict_base=True)
-    except CheckpointError:
-        if injection_of(model) is None:
-            inject_lora(model, old_config, initialize=False)
-            load_adapter_state_dict(model, old_state)
-        raise
-    finally:
-        if merged:
-            merge_lora(model)
 
 
 def load_source(model: nn.Module, adapter: Source, source: str, strict_base: bool) -> Plan:

@@ -93,7 +93,7 @@ def add_adapter(
             "share one base. Use loftq_iter=1, or inject_lora alone."
         )
     active = active_adapter(model)
-    with _bare(model):
+    with bare(model):
         inject_lora(model, config if read is None else read[0], seed=seed, initialize=read is None)
         added = taken_from(model, fresh=True)
         # The layout of packed weights is held in place for all adapters together.
@@ -196,12 +196,13 @@ def alone(model: nn.Module) -> Iterator[None]:
     """
     if (record := injection_of(model)) is not None and record.merged:
         raise ConfigError("The model is merged. Call unmerge_lora(model) first.")
-    with _bare(model):
+    with bare(model):
         yield
 
 
 @contextmanager
-def _bare(model: nn.Module) -> Iterator[None]:
+def bare(model: nn.Module) -> Iterator[None]:
+    """Leave the base alone for a while, merged or not."""
     active, record = active_adapter(model), injection_of(model)
     merged = record is not None and record.merged
     set_adapter(model, None)

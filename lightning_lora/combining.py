@@ -12,20 +12,21 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.adapter_set import adapter_of, add_adapter
+from lightning_lora.adapter_set import adapter_of, add_adapter, bare
 from lightning_lora.analysis import decompose_product
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import ConfigError, TargetError
 from lightning_lora.names import listed
 from lightning_lora.parking import Waiting
 from lightning_lora.plan import Plan, Target
 from lightning_lora.slices import Slices
+from lightning_lora.targeting import make_plan
 
 COMBINATIONS = ("linear", "cat", "svd")
 
@@ -109,7 +110,8 @@ def add_weighted_adapter(
     }
     first = next(iter(found.values())).record.config
     ranks = {name: B.shape[1] for name, (_, B) in combined.items()}
-    plan = add_adapter(model, adapter_name, _config(first, ranks, targets))
+    config = _config(model, first, ranks, targets)
+    plan = add_adapter(model, adapter_name, config)
     factors: Any = adapter_of(model, adapter_name).factors
     for target in plan.targets:
         if target.tied_to is None:
@@ -119,18 +121,53 @@ def add_weighted_adapter(
     return plan
 
 
-def _config(first: LoRAConfig, ranks: dict[str, int], targets: dict[str, Target]) -> LoRAConfig:
+def _config(
+    model: nn.Module, first: LoRAConfig, ranks: dict[str, int], targets: dict[str, Target]
+) -> LoRAConfig:
+    """Settings that mean exactly these layers, parts and ranks.
+
+    Raises:
+        ConfigError: No settings do.
+    """
+    # Not the name of a preset, whatever a layer is called.
+    names = f"(?:{'|'.join(map(re.escape, targets))})"
+    wrong: list[str] = []
+    with bare(model):
+        for target_modules in (names, "qv"):
+            config = _settings(first, ranks, target_modules)
+            try:
+                planned = make_plan(model, config).targets
+                more = [target.name for target in planned if target.name not in targets]
+                if more:
+                    # A preset means layers of all blocks.
+                    config = replace(config, exclude_modules="|".join(map(re.escape, more)))
+                    planned = make_plan(model, config).targets
+            except TargetError:
+                continue
+            found = {target.name: (target.r, target.slices) for target in planned}
+            wrong = [
+                name
+                for name, target in targets.items()
+                if found.get(name) != (ranks[target.tied_to or name], target.slices)
+            ]
+            if not wrong:
+                return config
+    raise ConfigError(
+        "The adapters cannot be combined: parts of fused projections (target_modules='qv') and "
+        f"layers that the preset does not mean ({listed(wrong, limit=3)}) make no one adapter. "
+        "Combine adapters with the same target_modules, or merge one of them."
+    )
+
+
+def _settings(first: LoRAConfig, ranks: dict[str, int], target_modules: str) -> LoRAConfig:
     r = max(ranks.values(), key=list(ranks.values()).count)
     # The ^ makes a key the whole name.
     others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
-    sliced = any(target.slices is not None for target in targets.values())
-    by_preset = sliced and first.target_modules == "qv"
     return LoRAConfig(
         r=r,
         alpha=r,
         dropout=first.dropout,
-        target_modules="qv" if by_preset else "|".join(map(re.escape, targets)),
-        exclude_modules=first.exclude_modules if by_preset else None,
+        target_modules=target_modules,
         rank_pattern=others or None,
         alpha_pattern={key: float(rank) for key, rank in others.items()} or None,
         modules_to_save=[],
@@ -150,7 +187,7 @@ def _check(name: str, adapter: Waiting) -> None:
     elif any(t.kind.endswith("Experts") for t in record.plan.targets):
         why = "adapts experts, whose factors are kept in another order"
     elif any({n for n, _ in f.named_parameters()} != {"A", "B"} for f in adapter.factors.values()):
-        why = "keeps more than two factors a layer"
+        why = "keeps what its factors started from (init='pissa' or 'olora'), and is no sum without"
     if why is not None:
         raise ConfigError(f"The adapter {name!r} {why}. Combine others, or merge it.")
 

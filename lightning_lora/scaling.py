@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.injection import require_injection
+from lightning_lora.injection import Injection, injection_of, require_injection
 from lightning_lora.merging import merge_lora, unmerge_lora
 from lightning_lora.names import modules_by_name, unwrap
 
@@ -32,20 +32,13 @@ def scale_adapter(model: nn.Module, factor: float) -> None:
     if not math.isfinite(factor):
         raise ConfigError(f"factor must be a finite number, got {factor!r}")
     record = require_injection(model)
-    merged = record.merged
-    unmerge_lora(model)
-    modules = modules_by_name(model)
-    for target in record.plan.targets:
-        lora: Any = unwrap(modules[target.name].lora)  # type: ignore[arg-type]
-        lora.scaling = factor * target.scaling
-    if merged:
-        merge_lora(model)
+    _set(model, record, [(lora, factor * scaling) for lora, scaling in _factors(model, record)])
 
 
 @contextmanager
 def adapter_scaled(model: nn.Module, factor: float) -> Iterator[None]:
     """`scale_adapter` for a while: inside, the scaling is multiplied by the factor, whatever it
-    was (PEFT's ``rescale_adapter_scale``).
+    was (PEFT's ``rescale_adapter_scale``). It is that of the adapter that is active at the start.
 
     Example:
         >>> from lightning_lora import inject_lora
@@ -57,11 +50,30 @@ def adapter_scaled(model: nn.Module, factor: float) -> Iterator[None]:
         >>> model[0].lora.scaling
         3.0
     """
-    target = require_injection(model).plan.targets[0]
-    lora: Any = unwrap(modules_by_name(model)[target.name].lora)  # type: ignore[arg-type]
-    before = lora.scaling / target.scaling
-    scale_adapter(model, before * factor)
+    record = require_injection(model)
+    scalings = [(lora, lora.scaling) for lora, _ in _factors(model, record)]
+    _set(model, record, [(lora, factor * scaling) for lora, scaling in scalings])
     try:
         yield
     finally:
-        scale_adapter(model, before)
+        _set(model, record, scalings)
+
+
+def _factors(model: nn.Module, record: Injection) -> list[tuple[Any, float]]:
+    """The factors of the active adapter, each with the scaling that it was trained with."""
+    modules = modules_by_name(model)
+    return [
+        (unwrap(modules[target.name].lora), target.scaling)  # type: ignore[arg-type]
+        for target in record.plan.targets
+    ]
+
+
+def _set(model: nn.Module, record: Injection, scalings: list[tuple[Any, float]]) -> None:
+    # Inside the context another adapter may have become the active one.
+    merged = record.merged and injection_of(model) is record
+    if merged:
+        unmerge_lora(model)
+    for lora, scaling in scalings:
+        lora.scaling = scaling
+    if merged:
+        merge_lora(model, record.merge_base)

@@ -287,6 +287,36 @@ def test_scaling_an_adapter() -> None:
         scale_adapter(mlp(), 1)
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_scaled_adapter_gets_its_scaling_back_whatever_is_active_then(merged: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    for name in ("a", "b"):
+        add_adapter(model, name, r=2, alpha=6, target_modules=["0"])
+        set_adapter(model, name)
+        shake(model)
+    x, outs = torch.randn(3, 4), {}
+    for name in ("a", "b"):
+        set_adapter(model, name)
+        outs[name] = model(x).detach()
+    set_adapter(model, "a")
+    if merged:
+        merge_lora(model)
+    with adapter_scaled(model, 2.0):
+        set_adapter(model, "b")
+        torch.testing.assert_close(model(x), outs["b"])
+    for name in ("b", "a"):
+        set_adapter(model, name)
+        torch.testing.assert_close(model(x), outs[name])
+
+
+def test_scaling_an_adapter_without_factors() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    inject_lora(model, r=0, bias="all")
+    with adapter_scaled(model, 2.0):
+        pass
+    scale_adapter(model, 0.5)
+
+
 def test_a_scaled_adapter_is_peft_s(tmp_path: Path) -> None:
     from peft.helpers import rescale_adapter_scale
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import (
+    active_adapter,
+    adapter_names,
     add_adapter,
     add_weighted_adapter,
     inject_lora,
@@ -177,3 +179,56 @@ def test_mistakes() -> None:
         combine("one", kind="svd", svd_rank=0)
     with pytest.raises(ConfigError, match="'one' is taken"):
         add_weighted_adapter(model, ["one"], [1.0], "one")
+
+
+def gpt2(**settings: dict[str, Any]) -> Any:
+    """GPT-2 with an adapter of each name."""
+    model: Any = hugging_face("gpt2").eval()
+    for seed, (name, own) in enumerate(settings.items()):
+        add_adapter(model, name, r=2, alpha=6, **own)
+        set_adapter(model, name)
+        shake(model, seed)
+    return model
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=IDS).logits
+    return found
+
+
+@pytest.mark.parametrize("combination", ["cat", "svd"])
+def test_fused_projections_in_some_blocks_alone(combination: str) -> None:
+    model = gpt2(
+        one={"target_modules": "qv", "layers_to_transform": [0]},
+        two={"target_modules": "qv", "layers_to_transform": [1]},
+    )
+    plan = add_weighted_adapter(model, ["one", "two"], [1.0, 1.0], "both", combination)
+    assert [target.name for target in plan.targets] == [
+        f"transformer.h.{block}.attn.c_attn" for block in range(2)
+    ]
+    one = gpt2(one={"target_modules": "qv", "layers_to_transform": [0]})
+    set_adapter(model, "one")
+    assert torch.equal(logits(model), logits(one))
+    alone = add_weighted_adapter(model, ["one"], [1.0], "again", combination)
+    assert [target.name for target in alone.targets] == ["transformer.h.0.attn.c_attn"]
+    set_adapter(model, "again")
+    torch.testing.assert_close(logits(model), logits(one), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", [["fused", "plain"], ["plain", "fused"]])
+def test_fused_projections_and_other_layers_make_no_one_adapter(order: list[str]) -> None:
+    model = gpt2(fused={"target_modules": "qv"}, plain={"target_modules": ["attn.c_proj"]})
+    active, before = active_adapter(model), logits(model)
+    with pytest.raises(ConfigError, match=r"make no one adapter.*same target_modules"):
+        add_weighted_adapter(model, order, [1.0, 1.0], "both", "cat")
+    assert adapter_names(model) == ("fused", "plain") and active_adapter(model) == active
+    assert torch.equal(logits(model), before)
+
+
+def test_a_layer_with_the_name_of_a_preset() -> None:
+    model = nn.ModuleDict({"attention": nn.Linear(4, 4), "other": nn.Linear(4, 4)})
+    for name in ("one", "two"):
+        add_adapter(model, name, r=2, alpha=6, target_modules=["attention"])
+    plan = add_weighted_adapter(model, ["one", "two"], [1.0, 1.0], "both", "cat")
+    assert [(target.name, target.r) for target in plan.targets] == [("attention", 4)]

@@ -29,6 +29,7 @@ from lightning_lora.checks import (
     check_modes,
     check_optimizers,
     check_strategy,
+    check_training,
     quantize,
 )
 from lightning_lora.config import LoRAConfig
@@ -260,6 +261,12 @@ class LoRACallback(Callback):
         # After all hooks at the start of the epoch, one of which may have unfrozen the base.
         if batch_idx == 0:
             refuse_unfrozen(pl_module, require_injection(pl_module).plan)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        record = require_injection(pl_module)
+        if trainer.current_epoch == 0 and trainer.global_step and not self._sharding.is_sharded:
+            check_training(pl_module, record.plan)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -23,6 +23,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError
 from lightning_lora.layers import LoRAFactors
 from lightning_lora.names import listed, modules_by_name
+from lightning_lora.plan import Plan
 from lightning_lora.sharded import is_sharded
 from lightning_lora.trained import saved_modules
 
@@ -106,6 +107,30 @@ def check_modes(model: LightningModule, dropout: float) -> None:
             f"dropout={dropout} has no effect: the adapted layers are in evaluation mode, as "
             "Hugging Face's from_pretrained leaves them and Lightning keeps them. Call .train() on "
             "the model in the LightningModule's __init__."
+        )
+
+
+def check_training(model: LightningModule, plan: Plan) -> None:
+    """Say which layers have learned nothing in some training.
+
+    Args:
+        model: An adapted module whose factors are not sharded.
+        plan: What was adapted.
+    """
+    modules = modules_by_name(model)
+    idle = []
+    for target in plan.targets:
+        lora = modules[target.name].lora
+        if target.tied_to is None and not target.keeps_start and isinstance(lora, LoRAFactors):
+            zero: Any = getattr(lora, lora.zero)
+            if lora.init != "orthogonal" and not zero.any():
+                idle.append(target.name)
+    # Where none has learned, it is the learning rate of a warm-up.
+    if 0 < len(idle) < len(plan.targets):
+        rank_zero_warn(
+            f"{len(idle)} adapted layers have learned nothing so far: {listed(idle, limit=3)}. "
+            "Either the model never calls them, or something reads their weights instead. Leave "
+            "them out with exclude_modules."
         )
 
 

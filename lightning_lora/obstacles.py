@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lightning_lora.bypassed import reads_weight
 from lightning_lora.errors import TargetError
 from lightning_lora.layers import LoRAFactors, LoRALayer, adapted_class, supported_layers
 from lightning_lora.names import parameters_of
@@ -62,6 +63,12 @@ def _obstacle(
         why_not = _obstacle(outer, modules[outer], modules, dropout, use_dora)
         if why_not is not None:
             return f"it is run by {outer!r}, which cannot be adapted: {why_not}"
+    above, _, leaf = name.rpartition(".")
+    if (parent := modules.get(above)) is not None and reads_weight(parent, leaf):
+        return (
+            f"{type(parent).__name__} reads its weight instead of calling it, so that factors "
+            "would have no effect"
+        )
     if "forward" in module.__dict__:
         return (
             "its forward was replaced on the instance (by a device map of accelerate, for "

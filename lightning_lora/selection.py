@@ -60,8 +60,15 @@ def select_layers(
         chosen = [name for name in asked if obstacles[name] is None]
         skipped += [(name, str(obstacles[name])) for name in asked if obstacles[name] is not None]
         if wanted == "all-linear":
-            reason = "the weights of experts, which are adapted by name alone"
-            skipped += [(name, reason) for name, module in modules.items() if holds_experts(module)]
+            reasons = {
+                True: "the weights of experts, which are adapted by name alone",
+                False: "the weights of experts of a kind that cannot be adapted",
+            }
+            skipped += [
+                (name, reasons[obstacles[name] is None])
+                for name, module in modules.items()
+                if holds_experts(module)
+            ]
         if not chosen:
             hint = suggest("query", adaptable)
             if skipped:
@@ -71,6 +78,8 @@ def select_layers(
                 f"Name the layers to adapt, for instance target_modules=['fc1', 'fc2']. "
                 f"Supported layer types: {', '.join(supported_layers())}."
             )
+        if wanted == "qv":
+            _refuse_latent(modules, chosen)
         matches.append(("target_modules", str(wanted), len(chosen)))
     else:
         chosen = _explicit(modules, config, saved, obstacles, adaptable, matches)
@@ -101,6 +110,19 @@ def select_layers(
             "exclude_modules, modules_to_save or train_embeddings take away."
         )
     return chosen, matches, skipped
+
+
+def _refuse_latent(modules: dict[str, nn.Module], chosen: list[str]) -> None:
+    """Multi-head latent attention has no W_v of its own to adapt beside W_q."""
+    for name in chosen:
+        attention = name.rpartition(".")[0]
+        latent = f"{attention}.kv_b_proj"
+        if latent in modules:
+            raise TargetError(
+                f"target_modules='qv': {attention!r} keeps W_k and W_v together in {latent!r}, "
+                f"behind a projection to a latent, so that {name!r} would be adapted without a "
+                "W_v. Name the layers: target_modules=['q_proj', 'kv_b_proj'] (or 'q_b_proj')."
+            )
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -124,7 +124,7 @@ def _targets(
     quantized: set[str],
 ) -> Iterator[Target]:
     first_with: dict[int, str] = {}
-    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    layouts: dict[str, tuple[object, ...]] = {}
     for name in names:
         module = modules[name]
         adapted = adapted_class(type(module))
@@ -143,11 +143,14 @@ def _targets(
                 )
         weights = adapted.weights(module, parts)
         first = first_with.setdefault(id(getattr(module, weights[0])), name)
-        if shapes.setdefault(first, (A_shape, B_shape)) != (A_shape, B_shape):
+        # Which way round the weight lies is part of what its factors mean.
+        layout = (A_shape, B_shape, adapted.zero_factor, adapted.out_dim)
+        if layouts.setdefault(first, layout) != layout:
             raise TargetError(
                 f"{name!r} and {first!r} share one weight, but their factors have other shapes "
-                f"(A {A_shape} and {shapes[first][0]}), so they cannot share those. Leave one of "
-                "them out with exclude_modules: it keeps the base weight, and a merge unties it."
+                f"(A {A_shape} and {layouts[first][0]}) or an update that lies the other way "
+                "round, so they cannot share those. Leave one of them out with exclude_modules: it "
+                "keeps the base weight, and a merge unties it."
             )
         yield Target(
             name=name,

@@ -54,6 +54,24 @@ def test_dropout_that_has_no_effect_is_said(tmp_path: Path) -> None:
         make_trainer(tmp_path, make_lora(dropout=0.5), max_epochs=1).fit(PlainClassifier())
 
 
+class WithIdleLayers(PlainClassifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.never_called = torch.nn.Linear(4, 4)
+
+
+def test_layers_that_learn_nothing_are_named(tmp_path: Path) -> None:
+    with pytest.warns(
+        UserWarning, match="1 adapted layers have learned nothing so far: never_call"
+    ):
+        make_trainer(tmp_path, make_lora(), max_epochs=1).fit(WithIdleLayers())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*learned nothing")
+        make_trainer(tmp_path, make_lora(), max_epochs=1).fit(PlainClassifier())
+        lora = make_lora(exclude_modules=["never_called"])
+        make_trainer(tmp_path, lora, max_epochs=1).fit(WithIdleLayers())
+
+
 def test_a_best_checkpoint_that_is_never_kept_is_refused(tmp_path: Path) -> None:
     trainer = Trainer(
         accelerator="cpu",

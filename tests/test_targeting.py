@@ -400,3 +400,10 @@ def test_roberta_with_the_settings_of_the_blog() -> None:
     # The factors and whatever else trains are float32, so this is the size of the checkpoint.
     size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     assert size <= 1.75e6
+
+
+def test_a_square_table_and_its_head_cannot_share_factors() -> None:
+    model = nn.ModuleDict({"table": nn.Embedding(8, 8), "head": nn.Linear(8, 8, bias=False)})
+    model["head"].weight = model["table"].weight
+    with pytest.raises(TargetError, match=r"share one weight.*lies the other way"):
+        make_plan(model, LoRAConfig(target_modules=["table", "head"]))

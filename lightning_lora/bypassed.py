@@ -1,0 +1,52 @@
+"""Layers whose weights another module reads instead of calling them.
+
+Factors on such a layer would have no effect in training, and a merge would give them one. What does
+so is found by the name of its class: models of transformers 5, and copies of them.
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+# Classes, and which of their children they read; some only where a fused kernel is installed.
+_READERS = tuple(
+    (re.compile(classes), frozenset(children.split()))
+    for classes, children in (
+        # torch.nn.functional.multi_head_attention_forward
+        (r"WavLMAttention", "q_proj k_proj v_proj out_proj"),
+        # Scans of state spaces, and the kernels that run what is around them too.
+        (r"(Falcon)?MambaMixer", "conv1d x_proj dt_proj out_proj"),
+        (r"JambaMambaMixer", "conv1d dt_proj"),
+        (r"ZambaMambaMixer", "conv1d"),
+        (r"(Mamba2|Bamba|FalconH1|NemotronHMamba2|Zamba2Mamba)Mixer", "conv1d out_proj"),
+        (r"GraniteMoeHybridMambaLayer", "conv1d out_proj"),
+        # Causal convolutions by a kernel.
+        (r"\w*(GatedDeltaNet|DeltaAttention|LinearAttention)", "conv1d"),
+        (r"\w*ShortConv(olution)?", "conv conv1d"),
+        (r"RecurrentGemmaRecurrentBlock", "conv_1d"),
+        # A weight that is put together with another, or run as a convolution.
+        (r"MobileBertLMPredictionHead", "dense decoder"),
+        (r"\w*MHAttentionMap", "k_proj k_linear"),
+        (r"TDNNLayer", "kernel"),
+        # Tables and routers that are linear layers by name alone.
+        (r"LayoutLMv2Encoder", "rel_pos_bias rel_pos_x_bias rel_pos_y_bias"),
+        (r"LongcatFlashTopkRouter", "classifier"),
+        (r"LSHSelfAttention", "query_key value"),
+    )
+)
+
+
+def reads_weight(parent: nn.Module, child: str) -> bool:
+    """Whether a module reads the weight of its child of this name.
+
+    >>> class MambaMixer(nn.Module): ...
+    >>> reads_weight(MambaMixer(), "dt_proj"), reads_weight(MambaMixer(), "in_proj")
+    (True, False)
+    """
+    names = [kind.__name__ for kind in type(parent).__mro__]
+    return any(
+        child in children and any(classes.fullmatch(name) for name in names)
+        for classes, children in _READERS
+    )

@@ -106,7 +106,7 @@ def prepare_conversion(
         skeleton.injection.fingerprint = fingerprint_of_files(
             skeleton, stored.__getitem__, progress=progress
         )
-    return Conversion(source, form, _checkpoint(adapter, skeleton), skeleton)
+    return Conversion(source, form, _checkpoint(skeleton), skeleton)
 
 
 def write_conversion(conversion: Conversion, path: str | Path) -> None:
@@ -123,14 +123,16 @@ def write_conversion(conversion: Conversion, path: str | Path) -> None:
         raise CheckpointError(f"{path} cannot be written: {reason}.") from error
 
 
-def _checkpoint(adapter: StoredAdapter, skeleton: Skeleton) -> dict[str, Any]:
+def _checkpoint(skeleton: Skeleton) -> dict[str, Any]:
     import lightning
 
     return {
         "epoch": 0,
         "global_step": 0,
         "pytorch-lightning_version": lightning.__version__,
-        "state_dict": {name: tensor.contiguous() for name, tensor in adapter.state.items()},
+        "state_dict": {
+            name: tensor.contiguous() for name, tensor in skeleton.adapter.state.items()
+        },
         "callbacks": {},
         "lr_schedulers": [],
         METADATA_KEY: checkpoint_metadata(skeleton.root),

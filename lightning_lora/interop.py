@@ -30,6 +30,7 @@ from lightning_lora.peft_format import (
     to_peft_config,
     to_peft_tensors,
 )
+from lightning_lora.peft_ties import without_copies
 from lightning_lora.plan import Plan
 from lightning_lora.removal import remove_lora
 from lightning_lora.sharded import all_wholes, is_sharded, whole
@@ -177,7 +178,9 @@ def load_source(model: nn.Module, adapter: Source, source: str, strict_base: boo
     if found_again:
         state = {**starts(adapter_state_dict(model)), **state}
     try:
-        if metadata is not None and strict_base:
+        if metadata is None:
+            state = without_copies(model, state, source)
+        elif strict_base:
             audit_metadata(model, metadata, source)
         load_adapter_state_dict(model, state, source)
     except CheckpointError:

@@ -22,6 +22,7 @@ from lightning_lora.names import corresponding, listed, modules_by_name
 from lightning_lora.on_meta import model_on_meta
 from lightning_lora.plan import Plan
 from lightning_lora.skeleton import Skeleton, build_skeleton, class_and_config
+from lightning_lora.start import starts
 from lightning_lora.state import trained_shapes
 from lightning_lora.stored import StoredAdapter, base_folder, read_stored_adapter
 from lightning_lora.targeting import make_plan
@@ -83,8 +84,9 @@ def prepare_conversion(
         if not adapter.peft:
             raise CheckpointError(f"{source} is a checkpoint of LoRACallback already.")
         folder, form = base_folder(adapter, base), "PEFT folder"
-        plan = build_skeleton(adapter, folder, class_name).injection.plan
-        config, state = adapter.config, adapter.state
+        first = build_skeleton(adapter, folder, class_name)
+        plan, config = first.injection.plan, adapter.config
+        state = {**starts(first.adapter.state), **adapter.state}
     else:
         foreign = read_foreign(source, alpha, scaling, skip)
         if base is None:

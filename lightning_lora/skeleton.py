@@ -21,6 +21,7 @@ from lightning_lora.on_meta import model_on_meta
 from lightning_lora.peft_ties import without_copies
 from lightning_lora.state import audit_state
 from lightning_lora.stored import StoredAdapter
+from lightning_lora.stored_starts import starts_from_files
 
 # The classes that PEFT's task types stand for.
 _AUTO_CLASSES = {
@@ -39,7 +40,8 @@ class Skeleton:
     """An adapted Hugging Face model on the meta device.
 
     Attributes:
-        adapter: The adapter, with each weight that the model shares once.
+        adapter: The adapter, with each weight that the model shares once, and with what its factors
+            started from.
         root: Holds the model under the path that it has in the checkpoint's names.
         part: That path, or ``""``.
         model: The Hugging Face model.
@@ -116,7 +118,11 @@ def build_skeleton(
         inject_lora(root, adapter.config, seed=0, initialize=False)
         if adapter.peft:
             state = without_copies(root, adapter.state, str(adapter.path))
-            adapter = replace(adapter, state=state)
+            # Without a record of its model, there is a folder.
+            assert folder is not None
+            adapter = replace(
+                adapter, state={**starts_from_files(adapter, root, part, folder), **state}
+            )
         audit_state(root, adapter.state, str(adapter.path))
     except LightningLoRAError as error:
         raise CheckpointError(

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import CheckpointError
+from lightning_lora.errors import CheckpointError, ConfigError
 from lightning_lora.injection import require_injection
 from lightning_lora.matching import key_matches, suffix_matches
 from lightning_lora.names import modules_by_name
@@ -189,7 +189,7 @@ def from_peft_config(
     tensors bear out is taken over.
 
     Args:
-        values: The parsed file.
+        values: The parsed file, from `read_peft_files`.
         state: The adapter's state under this project's names.
         source: What to call the adapter in errors.
 
@@ -226,20 +226,23 @@ def from_peft_config(
         targets += [n for n in adapted if not any(suffix_matches(t, n) for t in targets)]
     owners = {name.rpartition(".")[0] for name in state}
     whole = whole_from_peft(values.get("modules_to_save") or [], owners)
-    return LoRAConfig(
-        r=values["r"],
-        alpha=values["lora_alpha"],
-        dropout=values.get("lora_dropout", 0.0),
-        target_modules=targets,
-        rank_pattern=_used_keys(values.get("rank_pattern"), adapted),
-        alpha_pattern=_used_keys(values.get("alpha_pattern"), adapted),
-        bias=values.get("bias", "none"),
-        modules_to_save=whole,
-        trainable_token_indices=values.get("trainable_token_indices"),
-        use_rslora=values.get("use_rslora", False),
-        use_dora=values.get("use_dora", False),
-        init=init if keeps_start(init) else "kaiming",
-    )
+    try:
+        return LoRAConfig(
+            r=values["r"],
+            alpha=values["lora_alpha"],
+            dropout=values.get("lora_dropout", 0.0),
+            target_modules=targets,
+            rank_pattern=_used_keys(values.get("rank_pattern"), adapted),
+            alpha_pattern=_used_keys(values.get("alpha_pattern"), adapted),
+            bias=values.get("bias", "none"),
+            modules_to_save=whole,
+            trainable_token_indices=values.get("trainable_token_indices"),
+            use_rslora=values.get("use_rslora", False),
+            use_dora=values.get("use_dora", False),
+            init=init if keeps_start(init) else "kaiming",
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"{source} has settings that cannot be: {error}") from error
 
 
 def _of_modules(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -12,10 +12,10 @@ from torch import Tensor
 from lightning_lora.checkpoints import read_checkpoint
 from lightning_lora.config import LoRAConfig
 from lightning_lora.directories import is_directory
-from lightning_lora.interop import read_peft_files
 from lightning_lora.matching import value_for
 from lightning_lora.metadata import METADATA_KEY
 from lightning_lora.peft_format import from_peft_config, from_peft_tensors
+from lightning_lora.peft_reading import read_peft_files
 from lightning_lora.slices import Slices
 from lightning_lora.start import without_starts
 

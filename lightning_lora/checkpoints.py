@@ -70,9 +70,9 @@ def require_metadata(checkpoint: Any, source: str) -> Mapping[str, Any]:
     """The section that every adapter checkpoint has.
 
     Raises:
-        CheckpointError: The file is a checkpoint of another kind.
+        CheckpointError: The file is a checkpoint of another kind, or the section is damaged.
     """
-    if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
+    if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get("state_dict"), Mapping):
         raise CheckpointError(f"{source} is not a Lightning checkpoint: it has no 'state_dict'.")
     metadata = checkpoint.get(METADATA_KEY)
     if metadata is None:
@@ -83,8 +83,30 @@ def require_metadata(checkpoint: Any, source: str) -> Mapping[str, Any]:
             "LightningModule's __init__), and give ckpt_path a checkpoint that LoRACallback "
             "wrote."
         )
+    if not _is_whole(metadata):
+        raise CheckpointError(
+            f"{source} is damaged: its {METADATA_KEY!r} section does not say which layers are "
+            "adapted, how, and on which base. Use an earlier checkpoint."
+        )
     section: Mapping[str, Any] = metadata
     return section
+
+
+def _is_whole(metadata: Any) -> bool:
+    """Whether the section has what every checkpoint of every version has."""
+    if not isinstance(metadata, Mapping):
+        return False
+    config, targets, base = (metadata.get(name) for name in ("config", "targets", "base"))
+    return (
+        isinstance(config, Mapping)
+        and isinstance(targets, Mapping)
+        and isinstance(base, Mapping)
+        and {"fingerprint", "name_or_path", "parameters"} <= set(base)
+        and all(
+            isinstance(target, Mapping) and {"r", "alpha", "scaling"} <= set(target)
+            for target in targets.values()
+        )
+    )
 
 
 def require_training_state(checkpoint: Mapping[str, Any], source: str) -> None:

@@ -22,6 +22,7 @@ from lightning_lora.names import corresponding, listed, modules_by_name
 from lightning_lora.on_meta import model_on_meta
 from lightning_lora.plan import Plan
 from lightning_lora.skeleton import Skeleton, build_skeleton, class_and_config
+from lightning_lora.start import starts
 from lightning_lora.state import trained_shapes
 from lightning_lora.stored import StoredAdapter, base_folder, read_stored_adapter
 from lightning_lora.targeting import make_plan
@@ -83,8 +84,9 @@ def prepare_conversion(
         if not adapter.peft:
             raise CheckpointError(f"{source} is a checkpoint of LoRACallback already.")
         folder, form = base_folder(adapter, base), "PEFT folder"
-        plan = build_skeleton(adapter, folder, class_name).injection.plan
-        config, state = adapter.config, adapter.state
+        first = build_skeleton(adapter, folder, class_name)
+        plan, config = first.injection.plan, adapter.config
+        state = {**starts(first.adapter.state), **adapter.state}
     else:
         foreign = read_foreign(source, alpha, scaling, skip)
         if base is None:
@@ -106,7 +108,7 @@ def prepare_conversion(
         skeleton.injection.fingerprint = fingerprint_of_files(
             skeleton, stored.__getitem__, progress=progress
         )
-    return Conversion(source, form, _checkpoint(adapter, skeleton), skeleton)
+    return Conversion(source, form, _checkpoint(skeleton), skeleton)
 
 
 def write_conversion(conversion: Conversion, path: str | Path) -> None:
@@ -123,14 +125,16 @@ def write_conversion(conversion: Conversion, path: str | Path) -> None:
         raise CheckpointError(f"{path} cannot be written: {reason}.") from error
 
 
-def _checkpoint(adapter: StoredAdapter, skeleton: Skeleton) -> dict[str, Any]:
+def _checkpoint(skeleton: Skeleton) -> dict[str, Any]:
     import lightning
 
     return {
         "epoch": 0,
         "global_step": 0,
         "pytorch-lightning_version": lightning.__version__,
-        "state_dict": {name: tensor.contiguous() for name, tensor in adapter.state.items()},
+        "state_dict": {
+            name: tensor.contiguous() for name, tensor in skeleton.adapter.state.items()
+        },
         "callbacks": {},
         "lr_schedulers": [],
         METADATA_KEY: checkpoint_metadata(skeleton.root),

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_lora.checkpoints import read_checkpoint
@@ -30,6 +29,8 @@ from lightning_lora.peft_format import (
     to_peft_config,
     to_peft_tensors,
 )
+from lightning_lora.peft_reading import CONFIG_FILE, WEIGHTS_FILE, read_peft_files
+from lightning_lora.peft_ties import without_copies
 from lightning_lora.plan import Plan
 from lightning_lora.removal import remove_lora
 from lightning_lora.sharded import all_wholes, is_sharded
@@ -39,9 +40,6 @@ from lightning_lora.tokens import CHILD
 
 # The settings, the state, and the metadata that only checkpoints have.
 Source: TypeAlias = tuple[LoRAConfig, dict[str, Tensor], Mapping[str, Any] | None]
-
-WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
 
 
 def save_adapter(model: nn.Module, directory: str | Path, part: str = "") -> Path:
@@ -140,7 +138,9 @@ def load_source(model: nn.Module, adapter: Source, source: str, strict_base: boo
     if found_again:
         state = {**starts(adapter_state_dict(model)), **state}
     try:
-        if metadata is not None and strict_base:
+        if metadata is None:
+            state = without_copies(model, state, source)
+        elif strict_base:
             audit_metadata(model, metadata, source)
         load_adapter_state_dict(model, state, source)
     except CheckpointError:
@@ -177,25 +177,6 @@ def _read_peft(path: Path, model: nn.Module) -> Source:
     config = from_peft_config(values, state, str(path))
     config, state = grouped_from_peft(modules_by_name(model), config, state, str(path))
     return config, state, None
-
-
-def read_peft_files(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What the two files of a folder in PEFT format hold, as it stands there.
-
-    Raises:
-        CheckpointError: A file is missing or damaged.
-    """
-    try:
-        config = json.loads((path / CONFIG_FILE).read_text())
-        tensors = load_file(path / WEIGHTS_FILE)
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path} is no adapter folder: it needs {CONFIG_FILE} and {WEIGHTS_FILE}, and lacks "
-            "one of them."
-        ) from error
-    except (json.JSONDecodeError, SafetensorError) as error:
-        raise CheckpointError(f"{path} could not be read: it is damaged ({error}).") from error
-    return config, tensors
 
 
 def _common_prefix(layers: list[str], model: nn.Module, path: Path) -> str:

@@ -64,6 +64,7 @@ def prepare_merge(
     _refuse_loftq(adapter)
     folder = base_folder(adapter, base)
     skeleton = build_skeleton(adapter, folder)
+    adapter = skeleton.adapter
     record = skeleton.injection
     factors_are_finite(record, adapter.state)
     if not only_renames(skeleton.model):

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import CheckpointError
+from lightning_lora.errors import CheckpointError, ConfigError
 from lightning_lora.injection import require_injection
 from lightning_lora.matching import key_matches, suffix_matches
 from lightning_lora.names import modules_by_name
@@ -27,6 +27,8 @@ from lightning_lora.peft_factors import (
     refuse_tokens_for_peft,
     without_effect,
 )
+from lightning_lora.peft_ties import ties_for_peft
+from lightning_lora.peft_whole import refuse_reached, task_type, trained_whole, whole_from_peft
 from lightning_lora.start import keeps_start, without_starts
 from lightning_lora.tokens import CHILD
 
@@ -40,13 +42,6 @@ _UNSUPPORTED = (
 # Initialisations that PEFT repeats on the base whenever it loads; PiSSA and OLoRA are the same
 # here.
 _CHANGING_BASE = ("corda", "lora_ga")
-_TASK_TYPES = {
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-}
 
 
 def to_peft_tensors(
@@ -93,6 +88,7 @@ def to_peft_tensors(
     parts = {name: len(t.slices.adapted) for name, t in adapted.items() if t.slices is not None}
     state, _ = without_starts(state, parts)
     tokens = {f"{target.name}.{CHILD}": target for target in plan.tokens}
+    ties = ties_for_peft(model, prefix, trained_whole(plan))
     tensors = {}
     for name, tensor in state.items():
         if not name.startswith(prefix):
@@ -110,7 +106,8 @@ def to_peft_tensors(
         elif owner in adapted:
             keys = {f"{paths[owner]}.base_layer.{leaf}": tensor}
         else:
-            keys = {name: tensor}
+            # Files of safetensors hold no memory twice.
+            keys = {name: tensor} | {each: tensor.clone() for each in ties.copies.get(name, ())}
         for key, value in keys.items():
             tensors[_PREFIX + key.removeprefix(prefix)] = value.cpu().contiguous()
     for name, target in adapted.items():
@@ -141,11 +138,10 @@ def to_peft_config(model: nn.Module, prefix: str = "") -> dict[str, Any]:
         rank = peft_multiple(module, target) * target.r
         alpha = peft_alpha(module, target, config.use_rslora)
         settings += [(each, rank, alpha) for each in theirs]
-    trained_whole = [name.removeprefix(prefix) for name in plan.saved_modules]
-    for parameter in plan.trained:
-        owner = parameter.name.rpartition(".")[0].removeprefix(prefix)
-        if parameter.reason in ("norm", "embedding") and owner not in trained_whole:
-            trained_whole.append(owner)
+    own = trained_whole(plan)
+    ties = ties_for_peft(model, prefix, own)
+    whole = [name.removeprefix(prefix) for name in dict.fromkeys([*own, *ties.modules])]
+    refuse_reached(part, whole)
 
     default_r = _default([rank for _, rank, _ in settings], config.r)
     default_alpha = _default([alpha for *_, alpha in settings], config.alpha)
@@ -154,9 +150,7 @@ def to_peft_config(model: nn.Module, prefix: str = "") -> dict[str, Any]:
     alphas = {f"^{re.escape(name)}": a for name, _, a in settings if a != default_alpha}
     return {
         "peft_type": "LORA",
-        "task_type": next(
-            (t for s, t in _TASK_TYPES.items() if type(part).__name__.endswith(s)), None
-        ),
+        "task_type": task_type(part, whole),
         "base_model_name_or_path": getattr(getattr(part, "config", None), "_name_or_path", None)
         or None,
         "inference_mode": True,
@@ -170,7 +164,8 @@ def to_peft_config(model: nn.Module, prefix: str = "") -> dict[str, Any]:
         "bias": config.bias,
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
-        "modules_to_save": trained_whole or None,
+        "modules_to_save": whole or None,
+        "ensure_weight_tying": bool(ties.modules),
         "trainable_token_indices": {
             target.name.removeprefix(prefix): list(target.indices) for target in plan.tokens
         }
@@ -194,7 +189,7 @@ def from_peft_config(
     tensors bear out is taken over.
 
     Args:
-        values: The parsed file.
+        values: The parsed file, from `read_peft_files`.
         state: The adapter's state under this project's names.
         source: What to call the adapter in errors.
 
@@ -230,25 +225,24 @@ def from_peft_config(
         # parameters of experts.
         targets += [n for n in adapted if not any(suffix_matches(t, n) for t in targets)]
     owners = {name.rpartition(".")[0] for name in state}
-    whole = [
-        wanted
-        for wanted in values.get("modules_to_save") or []
-        if any(suffix_matches(wanted, parent) for owner in owners for parent in _ancestors(owner))
-    ]
-    return LoRAConfig(
-        r=values["r"],
-        alpha=values["lora_alpha"],
-        dropout=values.get("lora_dropout", 0.0),
-        target_modules=targets,
-        rank_pattern=_used_keys(values.get("rank_pattern"), adapted),
-        alpha_pattern=_used_keys(values.get("alpha_pattern"), adapted),
-        bias=values.get("bias", "none"),
-        modules_to_save=whole,
-        trainable_token_indices=values.get("trainable_token_indices"),
-        use_rslora=values.get("use_rslora", False),
-        use_dora=values.get("use_dora", False),
-        init=init if keeps_start(init) else "kaiming",
-    )
+    whole = whole_from_peft(values.get("modules_to_save") or [], owners)
+    try:
+        return LoRAConfig(
+            r=values["r"],
+            alpha=values["lora_alpha"],
+            dropout=values.get("lora_dropout", 0.0),
+            target_modules=targets,
+            rank_pattern=_used_keys(values.get("rank_pattern"), adapted),
+            alpha_pattern=_used_keys(values.get("alpha_pattern"), adapted),
+            bias=values.get("bias", "none"),
+            modules_to_save=whole,
+            trainable_token_indices=values.get("trainable_token_indices"),
+            use_rslora=values.get("use_rslora", False),
+            use_dora=values.get("use_dora", False),
+            init=init if keeps_start(init) else "kaiming",
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"{source} has settings that cannot be: {error}") from error
 
 
 def _of_modules(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -264,11 +258,6 @@ def _of_modules(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
                     pattern[re.escape(owner)] = value
         changed[setting] = pattern
     return changed
-
-
-def _ancestors(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
 
 
 def _used_keys(pattern: Mapping[str, Any] | None, names: list[str]) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ from lightning_lora.injection import Injection, inject_lora, require_injection
 from lightning_lora.model_record import dtype_named
 from lightning_lora.names import listed, modules_by_name
 from lightning_lora.on_meta import model_on_meta
+from lightning_lora.peft_ties import without_copies
 from lightning_lora.state import audit_state
 from lightning_lora.stored import StoredAdapter
+from lightning_lora.stored_starts import starts_from_files
 
 # The classes that PEFT's task types stand for.
 _AUTO_CLASSES = {
@@ -38,6 +40,8 @@ class Skeleton:
     """An adapted Hugging Face model on the meta device.
 
     Attributes:
+        adapter: The adapter, with each weight that the model shares once, and with what its factors
+            started from.
         root: Holds the model under the path that it has in the checkpoint's names.
         part: That path, or ``""``.
         model: The Hugging Face model.
@@ -47,6 +51,7 @@ class Skeleton:
         dtype: Dtype of the parameters in the fit; ``None`` where it is not known.
     """
 
+    adapter: StoredAdapter
     root: nn.Module
     part: str
     model: Any
@@ -111,13 +116,20 @@ def build_skeleton(
     root = around(model, part)
     try:
         inject_lora(root, adapter.config, seed=0, initialize=False)
+        if adapter.peft:
+            state = without_copies(root, adapter.state, str(adapter.path))
+            # Without a record of its model, there is a folder.
+            assert folder is not None
+            adapter = replace(
+                adapter, state={**starts_from_files(adapter, root, part, folder), **state}
+            )
         audit_state(root, adapter.state, str(adapter.path))
     except LightningLoRAError as error:
         raise CheckpointError(
             f"{adapter.path} does not fit {type(model).__name__}: {error}"
         ) from error
     _check_targets(adapter, root)
-    return Skeleton(root, part, model, config, names, dtypes, dtype)
+    return Skeleton(adapter, root, part, model, config, names, dtypes, dtype)
 
 
 _IN_PYTHON = (

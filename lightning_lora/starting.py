@@ -13,6 +13,8 @@ from lightning_lora.injection import require_injection
 from lightning_lora.matching import key_matches
 from lightning_lora.metadata import METADATA_KEY, audit_metadata
 from lightning_lora.names import corresponding, listed, persistent_buffers
+from lightning_lora.peft_ties import shared_names, without_copies
+from lightning_lora.start import keeps_start
 from lightning_lora.state import audit_state, trained_shapes
 from lightning_lora.stored import StoredAdapter, read_stored_adapter
 
@@ -30,11 +32,23 @@ def starting_state(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
             those of the model; names what differs.
     """
     adapter = read_stored_adapter(path)
-    known = [*trained_shapes(require_injection(model)), *persistent_buffers(model)]
+    if adapter.peft and keeps_start(adapter.config.init):
+        raise CheckpointError(
+            f"{path} started by init_lora_weights={adapter.config.init!r}, and PEFT does not save "
+            "that start. Make a checkpoint of it, which holds it (lightning-lora convert), and "
+            "give init_from the checkpoint."
+        )
+    shared = shared_names(model).values()
+    known = [
+        *trained_shapes(require_injection(model)),
+        *persistent_buffers(model),
+        *(name for names in shared for name in names),
+    ]
     names = corresponding(adapter.state, known)
     state = {names.get(name, name): tensor for name, tensor in adapter.state.items()}
     if adapter.peft:
         _compare(model, adapter, names, str(path))
+        state = without_copies(model, state, str(path))
     else:
         audit_metadata(model, _renamed(adapter, names), str(path))
     audit_state(model, state, str(path))

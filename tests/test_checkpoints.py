@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_lora.checkpoints import optimizer_names, optimizer_states
+from lightning_lora.checkpoints import optimizer_names, optimizer_states, read_checkpoint
 from lightning_lora.errors import CheckpointError
 from lightning_lora.names import modules_by_name
 from tests.models import mlp
@@ -88,3 +89,30 @@ def test_another_number_of_optimizers() -> None:
     optimizer = adam(model, ["fc1.weight"])
     with pytest.raises(CheckpointError, match=r"state of 1 optimizers, and .* returned 2"):
         optimizer_states(saved(model, optimizer), [optimizer, optimizer], model)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {},
+        5,
+        {"config": {}, "targets": {}, "base": None},
+        {"config": {}, "targets": {}, "base": {}},
+        {
+            "config": {},
+            "targets": {"fc1": {"r": 2}},
+            "base": {"fingerprint": "a", "name_or_path": "b", "parameters": 3},
+        },
+    ],
+    ids=str,
+)
+def test_a_section_that_is_damaged_is_no_traceback(tmp_path: Path, section: Any) -> None:
+    torch.save({"state_dict": {}, "lightning_lora": section}, tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match="is damaged: its 'lightning_lora' section"):
+        read_checkpoint(tmp_path / "a.ckpt")
+
+
+def test_a_state_that_holds_nothing_by_name(tmp_path: Path) -> None:
+    torch.save({"state_dict": [1], "lightning_lora": {}}, tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match="is not a Lightning checkpoint"):
+        read_checkpoint(tmp_path / "a.ckpt")

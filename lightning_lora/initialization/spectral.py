@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,13 +54,31 @@ def initialize_from_weights(
         weight = weights[target.name]
         if target.name in quantized:
             weight = dequantized(module, torch.float32)
-        W = _as_matrix(module, weight.detach().to(lora.A.dtype), target)
-        pairs = [
-            _principal(part, target, init, f"{lora.seed}:{target.name}:{number}")
-            for number, part in enumerate(_parts(W, target.slices))
-        ]
-        for leaf, values in zip(("A", "B"), zip(*pairs, strict=True), strict=True):
-            lora.start_from(leaf, torch.cat(values))
+        weight = weight.detach().to(lora.A.dtype)
+        pair = principal_factors(module, weight, target, init, str(lora.seed))
+        for leaf, values in zip(("A", "B"), pair, strict=True):
+            lora.start_from(leaf, values)
+
+
+def principal_factors(
+    module: nn.Module, weight: Tensor, target: Target, init: str, seed: str
+) -> tuple[Tensor, Tensor]:
+    """The factors of a layer that stand for the principal part of its weight.
+
+    Args:
+        module: The layer.
+        weight: Its weight as the layer keeps it, float32.
+        target: Its target.
+        init: As for `initialize_from_weights`.
+        seed: Of a randomized SVD.
+    """
+    W = _as_matrix(module, weight, target)
+    pairs = [
+        _principal(part, target, init, f"{seed}:{target.name}:{number}")
+        for number, part in enumerate(_parts(W, target.slices))
+    ]
+    A, B = zip(*pairs, strict=True)
+    return torch.cat(A), torch.cat(B)
 
 
 def _principal(W: Tensor, target: Target, init: str, seed: str) -> tuple[Tensor, Tensor]:
@@ -120,8 +139,8 @@ def orthonormal_factors(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 def _as_matrix(module: nn.Module, weight: Tensor, target: Target) -> Tensor:
     """The weight as ``(out, in)``."""
-    adapted = adapted_class(type(module))
-    assert adapted is not None
+    kind: Any = type(module)
+    adapted: Any = adapted_class(kind) or kind
     W = weight.movedim(adapted.out_dim, 0)
     if target.slices is None and W.shape != (target.B_shape[0], target.A_shape[1]):
         raise ConfigError(

@@ -17,7 +17,7 @@ from lightning_lora.metadata import METADATA_KEY
 from lightning_lora.peft_format import from_peft_config, from_peft_tensors
 from lightning_lora.peft_reading import read_peft_files
 from lightning_lora.slices import Slices
-from lightning_lora.start import without_starts
+from lightning_lora.start import keeps_start, without_starts
 
 # Layers that keep their weight as (in, out).
 _TRANSPOSED = ("Conv1D", "Embedding")
@@ -132,14 +132,23 @@ def notes_of(adapter: Adapter) -> list[str]:
     """What a reader of the numbers of its updates has to know.
 
     What DoRA adds to a weight, ``m V / ||V|| - W0`` with ``V = W0 + s B A``, is no product of two
-    matrices; of such an adapter s B A alone is analysed, and magnitudes are tensors like others.
+    matrices; of such an adapter s B A alone is analysed, and magnitudes are tensors like others. In
+    PEFT's format factors that did not start from zero stand without their start.
     """
-    if not adapter.config.use_dora:
-        return []
-    return [
-        "DoRA: dW = s B A is the update of the direction alone, before each row is scaled to its "
-        "magnitude; what is added to W in all is no product of two matrices."
-    ]
+    notes = []
+    if adapter.config.use_dora:
+        notes.append(
+            "DoRA: dW = s B A is the update of the direction alone, before each row is scaled to "
+            "its magnitude; what is added to W in all is no product of two matrices."
+        )
+    init = adapter.config.init
+    if keeps_start(init) and adapter.form == "PEFT folder":
+        notes.append(
+            f"{init}: PEFT does not save what the factors started from, so dW = s B A is the "
+            "update together with the start. Convert the folder with lightning-lora convert to see "
+            "the update alone."
+        )
+    return notes
 
 
 def labels_of(paths: Sequence[Path]) -> list[str]:

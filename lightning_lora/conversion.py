@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_lora.base_on_disk import base_parameters, fingerprint_of_files
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, ConfigError, LightningLoRAError
+from lightning_lora.export import only_renames
 from lightning_lora.files import replacing_file
 from lightning_lora.foreign import ForeignAdapter, common_rank, read_foreign
 from lightning_lora.metadata import METADATA_KEY, checkpoint_metadata
@@ -28,6 +29,7 @@ from lightning_lora.stored import StoredAdapter, base_folder, read_stored_adapte
 from lightning_lora.targeting import make_plan
 from lightning_lora.trained import is_norm
 from lightning_lora.weight_files import StoredTensors, weight_places
+from lightning_lora.whole_merging import load_whole
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ def prepare_conversion(
 ) -> Conversion:
     """Read an adapter of another format, and make a checkpoint of it.
 
-    The base's frozen weights are read once, one after the other, for their fingerprint.
+    The base's frozen weights are read once, one after the other, for their fingerprint; all
+    together where the files join or split the parameters, as those of mixtures of experts do.
 
     Args:
         source: A folder in PEFT's format, or a file of factors beside plain tensors, see
@@ -101,6 +104,8 @@ def prepare_conversion(
         state={prefix + name: tensor for name, tensor in state.items()},
     )
     skeleton = build_skeleton(adapter, folder, class_name)
+    if not only_renames(skeleton.model):
+        return Conversion(source, form, _checkpoint(_loaded(skeleton, folder)), skeleton)
     own = {name.removeprefix(prefix) for name in trained_shapes(skeleton.injection)}
     with ExitStack() as files:
         stored = StoredTensors(_places(skeleton.model, folder, own), files)
@@ -123,6 +128,15 @@ def write_conversion(conversion: Conversion, path: str | Path) -> None:
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{path} cannot be written: {reason}.") from error
+
+
+def _loaded(skeleton: Skeleton, folder: Path) -> Skeleton:
+    """With the base's weights, for the fingerprint: its files join or split the parameters."""
+    name = skeleton.config._name_or_path
+    root = load_whole(skeleton.adapter, skeleton, folder, None)
+    model: Any = root.get_submodule(skeleton.part)
+    model.config._name_or_path = name
+    return replace(skeleton, root=root, model=model)
 
 
 def _checkpoint(skeleton: Skeleton) -> dict[str, Any]:

@@ -194,9 +194,10 @@ def _refuse_unplaced(skeleton: Skeleton, adapter: StoredAdapter) -> None:
     own = {skeleton.prefix + name for name, _ in base_tensors(skeleton)}
     unplaced = [name for name in adapter.state if name not in own | factors]
     if unplaced:
+        way = "load_adapter, merge_lora" if adapter.peft else "load_lightning_module"
         raise CheckpointError(
             f"{adapter.path} holds what is not merged on disk: {listed(unplaced, limit=3)}. Merge "
-            "it in Python (load_lightning_module)."
+            f"it in Python ({way})."
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -132,6 +132,29 @@ def peft_factors(
         value = over_all_channels(value, module.groups)
     embedding = isinstance(module, nn.Embedding)
     yield f"lora_embedding_{leaf}" if embedding else f"lora_{leaf}.weight", value
+
+
+def refuse_half_of_experts(parameters: Iterable[str], source: str) -> None:
+    """Both weights of experts have to be adapted.
+
+    Args:
+        parameters: ``target_parameters`` of PEFT.
+        source: What to call the adapter in errors.
+
+    Raises:
+        CheckpointError: PEFT has adapted one of them alone.
+    """
+    leaves: dict[str, set[str]] = {}
+    for parameter in parameters:
+        owner, _, leaf = parameter.rpartition(".")
+        leaves.setdefault(owner.rpartition(".")[2], set()).add(leaf)
+    for owner, found in leaves.items():
+        if len(found) == 1 and found != {"weight"}:
+            raise CheckpointError(
+                f"{source} adapts {next(iter(found))!r} of {owner!r} alone (target_parameters), "
+                "and here both weights of experts are adapted together. Train it with both, for "
+                "instance gate_up_proj and down_proj, or merge it with PEFT."
+            )
 
 
 def joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from lightning_lora.peft_factors import (
     peft_multiple,
     peft_parameters,
     refuse_for_peft,
+    refuse_half_of_experts,
     refuse_tokens_for_peft,
     without_effect,
 )
@@ -208,6 +209,7 @@ def from_peft_config(
         raise CheckpointError(
             f"{source} is a {values.get('peft_type')} adapter of PEFT; only LORA can be loaded."
         )
+    refuse_half_of_experts(values.get("target_parameters") or (), source)
     values = {**values, **_of_modules(values)}
     used = [name for name in _UNSUPPORTED if values.get(name)]
     if used:

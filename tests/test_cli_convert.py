@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_lora import inject_lora, load_adapter, merge_lora, save_adapter
 from lightning_lora.adapters import read_adapter
 from lightning_lora.cli import main
+from lightning_lora.errors import CheckpointError
 from lightning_lora.foreign import read_foreign
 from tests.commands import imported, run_command
 from tests.models import hugging_face, shake
@@ -239,3 +240,29 @@ def test_an_adapter_merged_by_hand_is_what_the_conversion_gives(tmp_path: Path) 
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     heavy, done = imported(tmp_path, ("torch", "lightning", "numpy"), "convert", "--help")
     assert heavy == [] and "usage: lightning-lora convert" in done.stdout
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["experts", "q_proj"]])
+def test_a_base_whose_files_hold_experts_one_by_one_is_loaded(
+    tmp_path: Path, targets: list[str]
+) -> None:
+    model: Any = hugging_face("mixtral")
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    model.config._name_or_path = str(base)
+    inject_lora(model, r=2, alpha=6, target_modules=targets)
+    shake(model)
+    save_adapter(model, tmp_path / "adapter")
+    done = run_command(tmp_path, "convert", "adapter", "again.ckpt")
+    assert done.returncode == 0, done.stderr
+    content = torch.load(tmp_path / "again.ckpt", weights_only=True)
+    assert content["lightning_lora"]["base"]["name_or_path"] == str(base)
+    again = type(model).from_pretrained(base)
+    # The fingerprint of the base is compared.
+    load_adapter(nn.ModuleDict({"model": again}), tmp_path / "again.ckpt")
+    torch.testing.assert_close(logits(again), logits(model))
+    other = hugging_face("mixtral")
+    with torch.no_grad():
+        other.model.layers[0].mlp.gate.weight.add_(1)
+    with pytest.raises(CheckpointError, match="another base model"):
+        load_adapter(nn.ModuleDict({"model": other}), tmp_path / "again.ckpt")

@@ -281,3 +281,13 @@ def test_an_encoder_that_was_trained_whole_comes_from_the_checkpoint(tmp_path: P
     model, module, _, path = fitted(tmp_path, "bert", settings)
     merge_on_disk(path, tmp_path / "merged")
     assert_equal(tensors(tmp_path / "merged"), live(model, module, tmp_path / "live"))
+
+
+def test_rows_of_embeddings_are_merged_in_python(tmp_path: Path) -> None:
+    settings = {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}
+    _, module, base, path = fitted(tmp_path, "llama", settings)
+    with pytest.raises(CheckpointError, match=r"rows\. Merge it in Python \(load_lightning_module"):
+        prepare_merge(path)
+    save_adapter(module, tmp_path / "adapter", part="inner.net")
+    with pytest.raises(CheckpointError, match=r"rows\. Merge it .* \(load_adapter, merge_lora\)"):
+        prepare_merge(tmp_path / "adapter", base)

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lightning_lora import inject_lora, load_adapter
+from lightning_lora.adapters import notes_of, read_adapter
 from lightning_lora.conversion import prepare_conversion, write_conversion
 from lightning_lora.errors import CheckpointError
 from lightning_lora.offline_merging import merge_on_disk
@@ -59,3 +60,6 @@ def test_the_start_is_found_in_the_files_of_the_base(
     with pytest.raises(CheckpointError, match="PEFT does not save that start"):
         starting_state(module, adapter)
     assert starting_state(module, tmp_path / "again.ckpt")
+
+    (note,) = notes_of(read_adapter(adapter))
+    assert "together with the start" in note and not notes_of(read_adapter(tmp_path / "again.ckpt"))

@@ -9,9 +9,9 @@ from lightning_lora.sharded import local
 
 
 def gradients_of(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of this process's part of each gradient, on the CPU, by the parameter's name."""
+    """Copies of this process's part of each gradient, where they are, by the parameter's name."""
     return {
-        name: local(parameter.grad).detach().cpu().clone()
+        name: local(parameter.grad).detach().clone()
         for name, parameter in module.named_parameters()
         if parameter.grad is not None
     }

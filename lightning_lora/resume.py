@@ -23,12 +23,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_lora.gradients import gradients_of, restore_gradients
 from lightning_lora.loop_hooks import LoopHooks, require_privates
 from lightning_lora.rng import RngState, capture_rng, loader_generators, restore_rng
+from lightning_lora.samplers import sampler_seeds, seed_samplers
 
 # Where in the loops a checkpoint is taken.
 _IDLE = "idle"
@@ -73,6 +75,8 @@ class ExactResume:
         # The state to go back to when a checkpoint is taken in the midst of something; None: now.
         self._mark: RngState | None = None
         self._mark_at = 0
+        self._mark_gradients: dict[str, torch.Tensor] = {}
+        self._seeds: list[int | None] = []
         self._iteration: dict[str, Any] | None = None
         self._sources: list[Any] = []
         self._generators: list[torch.Generator] = []
@@ -147,21 +151,25 @@ class ExactResume:
         self._note_restarted_loaders()
         module, batches = trainer.lightning_module, self._epoch.batch_progress.current
         place, rng = self._place, self._mark
-        if place == _IN_BATCH:
-            trained = batches.processed == batches.ready > self._mark_at
-            place, rng = (_BATCH_END, None) if trained else (_BATCH_DONE, rng)
-        accumulating = (
-            place not in _BETWEEN_EPOCHS and batches.processed % trainer.accumulate_grad_batches
-        )
+        gradients: dict[str, torch.Tensor] = {}
+        trained = batches.processed == batches.ready > self._mark_at
+        if place == _IN_BATCH and not trained:
+            # The batch will be run again, upon what there was before it.
+            place, gradients = _BATCH_DONE, self._mark_gradients
+        else:
+            place, rng = (_BATCH_END, None) if place == _IN_BATCH else (place, rng)
+            accumulated = batches.processed % trainer.accumulate_grad_batches
+            if (place not in _BETWEEN_EPOCHS and accumulated) or not module.automatic_optimization:
+                gradients = gradients_of(module)
         val = self._val._combined_loader
         metrics = trainer.callback_metrics
         return {
             "place": place,
             "rng": rng or self._capture(),
             "iteration": self._iteration,
-            "gradients": (
-                gradients_of(module) if accumulating or not module.automatic_optimization else {}
-            ),
+            "gradients": {name: gradient.cpu().clone() for name, gradient in gradients.items()},
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "seeds": sampler_seeds(self._fit._combined_loader.flattened),
             "metrics": {
                 config.monitor: metrics[config.monitor].detach().cpu().clone()
                 for config in trainer.lr_scheduler_configs
@@ -195,6 +203,7 @@ class ExactResume:
 
     def _loaders_ready(self, original: Callable[[], None]) -> None:
         original()
+        seed_samplers(self._fit._combined_loader.flattened, self._seeds)
         self._generators = loader_generators(self._fit._combined_loader.flattened)
         self._iteration = self._new_iteration()
 
@@ -203,6 +212,8 @@ class ExactResume:
             self._resume = self._choose_rank_state()
         if self._resume is not None:
             self._metrics = self._resume["metrics"]
+            self._seeds = self._resume.get("seeds", [])
+            seed_samplers(self._fit._combined_loader.flattened, self._seeds)
             self._settle_loops(self._resume["place"])
         original()
 
@@ -258,6 +269,11 @@ class ExactResume:
             self._restore(rng)
         if resume is not None and not between:
             restore_gradients(self._trainer.lightning_module, resume["gradients"])
+            if any(isinstance(c, GradientAccumulationScheduler) for c in self._trainer.callbacks):
+                # Which sets it at the start of an epoch, and this one began in the first run.
+                self._trainer.accumulate_grad_batches = resume.get(
+                    "accumulate_grad_batches", self._trainer.accumulate_grad_batches
+                )
             self._enter_epoch(resume["place"])
         self._resume = self._loaded = None
         self._mark = None
@@ -280,6 +296,10 @@ class ExactResume:
         self._note_restarted_loaders()
         self._place, self._mark = _IN_BATCH, self._capture()
         self._mark_at = self._epoch.batch_progress.current.ready
+        module = self._trainer.lightning_module
+        accumulated = self._mark_at % self._trainer.accumulate_grad_batches
+        pending = accumulated or not module.automatic_optimization
+        self._mark_gradients = gradients_of(module) if pending else {}
         original(fetcher)
 
     def _end_batch(self, original: Callable[[Any], None], fetcher: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -15,11 +16,16 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import (
+    Checkpoint,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+)
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 from lightning_lora.errors import LightningLoRAError
 from lightning_lora.resume import ExactResume, capture_rng, restore_rng
@@ -401,6 +407,70 @@ class Interrupt(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: torch.Tensor) -> None:
         if (trainer.current_epoch, trainer.fit_loop.batch_idx) == self.at:
             os.kill(os.getpid(), self.number)
+
+
+class FailIn(Callback):
+    """Raises in a hook between the backward pass and the step of the optimizer."""
+
+    def __init__(self, hook: str, epoch: int, batch: int) -> None:
+        def fail(trainer: Trainer, *_: Any) -> None:
+            if (trainer.current_epoch, trainer.fit_loop.batch_idx) == (epoch, batch):
+                raise RuntimeError("stopped")
+
+        setattr(self, hook, fail)
+
+
+@pytest.mark.parametrize(
+    ("hook", "at", "manual"),
+    [
+        ("on_after_backward", (1, 1), False),
+        ("on_before_optimizer_step", (1, 2), False),
+        ("on_after_backward", (1, 1), True),
+        ("on_before_optimizer_step", (1, 3), True),
+    ],
+)
+def test_a_batch_that_is_run_again_is_not_counted_twice(
+    tmp_path: Path, hook: str, at: tuple[int, int], manual: bool
+) -> None:
+    settings = {} if manual else {"accumulate_grad_batches": 3}
+
+    def build() -> Net:
+        return Net(loader(), manual=manual)
+
+    seed_everything(7)
+    whole = build()
+    trainer_for(tmp_path, Resume(), **settings).fit(whole)
+    seed_everything(7)
+    stopped = build()
+    callbacks = [Resume(), OnExceptionCheckpoint(tmp_path), FailIn(hook, *at)]
+    with pytest.raises(RuntimeError, match="stopped"):
+        trainer_for(tmp_path, *callbacks, **settings).fit(stopped)
+    (path,) = tmp_path.glob("*.ckpt")
+    resumed = resume(build, tmp_path, path, True, **settings)
+    done = len(whole.events) - len(resumed.events)
+    assert resumed.events == whole.events[done:] and stopped.events[:done] == whole.events[:done]
+    assert len(stopped.events) - done <= 1
+    assert same_weights(resumed, whole)
+
+
+class Scheduled(Net):
+    def configure_callbacks(self) -> list[Callback]:
+        return [GradientAccumulationScheduler({0: 3, 1: 2})]
+
+
+def test_a_schedule_of_accumulation(tmp_path: Path) -> None:
+    assert not differences(tmp_path, lambda: Scheduled(loader()), *EVERYWHERE)
+
+
+def test_seeds_of_distributed_samplers(tmp_path: Path) -> None:
+    # As where only the first of the processes has called seed_everything.
+    numbers = itertools.count()
+
+    def build() -> Net:
+        sampler = DistributedSampler(Noisy(20), num_replicas=1, rank=0, seed=next(numbers))
+        return Net(loader(shuffle=None, sampler=sampler))
+
+    assert not differences(tmp_path, build, *EVERYWHERE)
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_what_cannot_be_is_said() -> None:
     shake(net)
     with pytest.raises(ConfigError, match="some of B is not zero"):
         initialize_from_inputs(net, [torch.randn(8, 6)], net)
-    with pytest.raises(ConfigError, match="init_batches must be at least 1"):
+    with pytest.raises(ConfigError, match="init_batches must be a whole number of at least 1"):
         LoRACallback(init_batches=0)
 
 

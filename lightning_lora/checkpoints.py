@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.directories import is_directory, read_directory
 from lightning_lora.errors import CheckpointError
-from lightning_lora.metadata import METADATA_KEY
+from lightning_lora.metadata import METADATA_KEY, check_version
 from lightning_lora.names import listed, modules_by_name, parameters_of
 
 
@@ -83,6 +83,8 @@ def require_metadata(checkpoint: Any, source: str) -> Mapping[str, Any]:
             "LightningModule's __init__), and give ckpt_path a checkpoint that LoRACallback "
             "wrote."
         )
+    if isinstance(metadata, Mapping):
+        check_version(metadata, source)
     if not _is_whole(metadata):
         raise CheckpointError(
             f"{source} is damaged: its {METADATA_KEY!r} section does not say which layers are "

@@ -29,7 +29,7 @@ from lightning_lora.peft_format import (
     to_peft_config,
     to_peft_tensors,
 )
-from lightning_lora.peft_reading import CONFIG_FILE, WEIGHTS_FILE, read_peft_files
+from lightning_lora.peft_reading import CONFIG_FILE, INIT, WEIGHTS_FILE, read_peft_files
 from lightning_lora.peft_ties import without_copies
 from lightning_lora.plan import Plan
 from lightning_lora.removal import remove_lora
@@ -96,7 +96,8 @@ def write_adapter(
         **facts,
     )
     with replacing_directory(directory) as fresh:
-        save_file(tensors, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
+        made = {"format": "pt", INIT: require_injection(model).config.init}
+        save_file(tensors, fresh / WEIGHTS_FILE, metadata=made)
         (fresh / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         write_card(card, fresh, Path(directory))
         for file in files:

@@ -56,6 +56,20 @@ def checkpoint_metadata(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def check_version(metadata: Mapping[str, Any], source: str) -> None:
+    """A newer format may mean something else by the same names.
+
+    Raises:
+        CheckpointError: The checkpoint is of a newer format.
+    """
+    version = metadata.get("version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{source} was written in format {version} by a newer lightning-lora; this version "
+            f"reads up to {FORMAT_VERSION}. Upgrade lightning-lora."
+        )
+
+
 def _described(target: Target) -> dict[str, Any]:
     """What can be read off neither the factors nor the settings goes along with them."""
     described = {
@@ -90,11 +104,7 @@ def audit_metadata(
         CheckpointError: What differs, and what to do about it.
     """
     here = checkpoint_metadata(model)
-    if int(metadata.get("version", 0)) > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{source} was written in format {metadata['version']} by a newer lightning-lora; "
-            f"this version reads up to {FORMAT_VERSION}. Upgrade lightning-lora."
-        )
+    check_version(metadata, source)
     theirs, ours = metadata["base"], here["base"]
     same_base = theirs["fingerprint"] == ours["fingerprint"]
     differences = list(_config_differences(metadata, here))

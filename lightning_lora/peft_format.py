@@ -28,6 +28,7 @@ from lightning_lora.peft_factors import (
     refuse_tokens_for_peft,
     without_effect,
 )
+from lightning_lora.peft_reading import INIT
 from lightning_lora.peft_ties import ties_for_peft
 from lightning_lora.peft_whole import refuse_reached, task_type, trained_whole, whole_from_peft
 from lightning_lora.start import keeps_start, without_starts
@@ -205,6 +206,9 @@ def from_peft_config(
             "wrong on the original one. Save it with PEFT's save_pretrained(..., "
             "path_initial_model_for_weight_conversion=...)."
         )
+    if not keeps_start(init):
+        # Factors of LoftQ belong to a quantized base, which PEFT has no place to say.
+        init = "loftq" if values.get(INIT) == "loftq" else "kaiming"
     if values.get("peft_type") != "LORA":
         raise CheckpointError(
             f"{source} is a {values.get('peft_type')} adapter of PEFT; only LORA can be loaded."
@@ -241,7 +245,7 @@ def from_peft_config(
             trainable_token_indices=values.get("trainable_token_indices"),
             use_rslora=values.get("use_rslora", False),
             use_dora=values.get("use_dora", False),
-            init=init if keeps_start(init) else "kaiming",
+            init=init,
         )
     except ConfigError as error:
         raise CheckpointError(f"{source} has settings that cannot be: {error}") from error

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,13 +22,15 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 # What older versions of PEFT wrote.
 PICKLED_FILE = "adapter_model.bin"
 CONFIG_FILE = "adapter_config.json"
+# Said in the header of the weights' file: PEFT has no place for it.
+INIT = "lightning_lora_init"
 # What PEFT takes where the file is silent.
 _DEFAULTS = {"r": 8, "lora_alpha": 8, "target_modules": None}
 
 
 def read_peft_files(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What the two files of a folder in PEFT format hold, with PEFT's defaults for what the
-    settings leave out.
+    settings leave out, and how the factors started where this project wrote them.
 
     Raises:
         CheckpointError: A file is missing or damaged, or a setting is of another type.
@@ -46,7 +48,14 @@ def read_peft_files(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors = _tensors(weights)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path} could not be read: it is damaged ({error}).") from error
-    return _checked(config, str(path)), tensors
+    return {**_checked(config, str(path)), INIT: _init(weights)}, tensors
+
+
+def _init(file: Path) -> str | None:
+    if file.name == PICKLED_FILE:
+        return None
+    with safe_open(file, "pt") as opened:
+        return (opened.metadata() or {}).get(INIT)
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_lora.adapters import read_adapter
 from lightning_lora.checkpoints import optimizer_names, optimizer_states, read_checkpoint
 from lightning_lora.errors import CheckpointError
 from lightning_lora.names import modules_by_name
+from lightning_lora.stored import read_stored_adapter
 from tests.models import mlp
 
 
@@ -116,3 +118,11 @@ def test_a_state_that_holds_nothing_by_name(tmp_path: Path) -> None:
     torch.save({"state_dict": [1], "lightning_lora": {}}, tmp_path / "a.ckpt")
     with pytest.raises(CheckpointError, match="is not a Lightning checkpoint"):
         read_checkpoint(tmp_path / "a.ckpt")
+
+
+def test_a_newer_format_is_refused_wherever_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "new.ckpt"
+    torch.save({"state_dict": {}, "lightning_lora": {"version": 99}}, path)
+    for read in (read_checkpoint, read_stored_adapter, read_adapter):
+        with pytest.raises(CheckpointError, match="format 99 by a newer lightning-lora"):
+            read(path)

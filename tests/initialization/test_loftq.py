@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_lora import inject_lora, load_adapter, merge_lora, remove_lora, save_adapter
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import CheckpointError, ConfigError
 from lightning_lora.initialization.loftq import error_factors
+from lightning_lora.offline_merging import prepare_merge
 from lightning_lora.quantization import as_linear, dequantized, keep_trainable, quantized_layers
+from lightning_lora.stored import read_stored_adapter
 from tests.models import hugging_face, mlp
 from tests.quantized import any_bits, quantized_hugging_face, quantized_mlp
 
@@ -103,3 +105,18 @@ def test_a_merge_keeps_the_correction_and_adds_it_to_no_other_weights(tmp_path: 
         assert torch.equal(model(**ids).logits, expected)
         merge_lora(model)
         torch.testing.assert_close(model(**ids).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_what_was_exported_is_no_more_for_the_original_base_than_its_checkpoint(
+    tmp_path: Path,
+) -> None:
+    model = quantized_hugging_face("bert", "nf4", tmp_path / "base").eval()
+    inject_lora(model, r=4, alpha=10, init="loftq")
+    folder = save_adapter(model, tmp_path / "adapter")
+    assert read_stored_adapter(folder).config.init == "loftq"
+    with pytest.raises(CheckpointError, match="trained with init='loftq'"):
+        prepare_merge(folder, tmp_path / "base")
+    other = quantized_hugging_face("bert", "nf4", tmp_path / "base").eval()
+    load_adapter(other, folder)
+    ids = {"input_ids": torch.arange(2, 12)[None]}
+    assert torch.equal(other(**ids)[0], model(**ids)[0])

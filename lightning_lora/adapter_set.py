@@ -19,7 +19,7 @@ from torch import nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, ConfigError
 from lightning_lora.injection import inject_lora, injection_of, require_injection
-from lightning_lora.interop import load_source, read_source
+from lightning_lora.interop import finds_start_again, load_source, read_source
 from lightning_lora.merging import merge_lora
 from lightning_lora.names import clean_name, unwrap
 from lightning_lora.parking import Waiting, activate, park, taken_from
@@ -94,7 +94,8 @@ def add_adapter(
         )
     active = active_adapter(model)
     with bare(model):
-        inject_lora(model, config if read is None else read[0], seed=seed, initialize=read is None)
+        initialize = read is None or finds_start_again(read)
+        inject_lora(model, config if read is None else read[0], seed=seed, initialize=initialize)
         added = taken_from(model, fresh=True)
         # The layout of packed weights is held in place for all adapters together.
         held = (each.record.repacked for each in known.values())
@@ -137,7 +138,7 @@ def set_adapter(model: nn.Module, adapter_name: str | None) -> None:
     merged, base = False, None
     if active is not None:
         record = require_injection(model)
-        merged, base = record.merged, record.merge_base
+        merged, base = record.merged, record.merged_into
         park(model, known[active])
     if adapter_name is not None:
         activate(model, known[adapter_name])
@@ -212,7 +213,7 @@ def bare(model: nn.Module) -> Iterator[None]:
         if active is not None:
             set_adapter(model, active)
             if merged and record is not None:
-                merge_lora(model, record.merge_base)
+                merge_lora(model, record.merged_into)
 
 
 def _known(model: nn.Module) -> dict[str, Waiting]:

@@ -59,6 +59,8 @@ class Injection:
         base_weights: While merged, each adapted parameter and its exact base value, by the
             parameter's name; else empty.
         merged: Whether the factors are merged into the weights.
+        merged_into: What a quantized base was replaced by for it; a merge that follows an exchange
+            repeats it.
         fingerprint: The base's fingerprint, once it was computed.
         quantization: What a checkpoint says of a quantized base, once it was computed.
         repacked: Names of the 4-bit layers that bitsandbytes was free to repack.
@@ -78,6 +80,7 @@ class Injection:
     nested_tensors: tuple[str, ...] = ()
     base_weights: dict[str, tuple[nn.Parameter, Tensor]] = field(default_factory=dict)
     merged: bool = False
+    merged_into: str = "dequantized"
     fingerprint: str | None = None
     quantization: dict[str, Any] | None = None
     repacked: tuple[str, ...] = ()

@@ -131,12 +131,10 @@ def load_source(model: nn.Module, adapter: Source, source: str, strict_base: boo
     """The second half of `load_adapter`: put what `read_source` gave into a model."""
     config, state, metadata = adapter
     record = injection_of(model)
-    # PEFT does not save what PiSSA and OLoRA start from, but finds it again on the base.
-    found_again = keeps_start(config.init) and metadata is None
-    plan = inject_lora(model, config, initialize=found_again)
+    plan = inject_lora(model, config, initialize=finds_start_again(adapter))
     was_merged = record is not None and record.merged
     unmerge_lora(model)
-    if found_again:
+    if finds_start_again(adapter):
         state = {**starts(adapter_state_dict(model)), **state}
     try:
         if metadata is None:
@@ -148,9 +146,17 @@ def load_source(model: nn.Module, adapter: Source, source: str, strict_base: boo
         if record is None:
             remove_lora(model)
         elif was_merged:
-            merge_lora(model)
+            merge_lora(model, record.merged_into)
         raise
     return plan
+
+
+def finds_start_again(adapter: Source) -> bool:
+    """Whether factors have to be initialised before an adapter is loaded into them: PEFT does not
+    save what PiSSA and OLoRA start from, but finds it again on the base.
+    """
+    config, _, metadata = adapter
+    return keeps_start(config.init) and metadata is None
 
 
 def read_source(path: Path, model: nn.Module) -> Source:

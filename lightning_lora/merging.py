@@ -86,7 +86,7 @@ def _merge(model: nn.Module, record: Injection, base: str, read: Any) -> MergeRe
                 module._parameters[leaf] = modules[target.tied_to]._parameters[leaf]
         unwrap(module.lora).hidden = True  # type: ignore[assignment, arg-type]
         restore_class(module)
-    record.merged = True
+    record.merged, record.merged_into = True, base
     return merge_quantized(model, record, base, read)
 
 

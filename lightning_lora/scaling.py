@@ -76,4 +76,4 @@ def _set(model: nn.Module, record: Injection, scalings: list[tuple[Any, float]])
     for lora, scaling in scalings:
         lora.scaling = scaling
     if merged:
-        merge_lora(model, record.merge_base)
+        merge_lora(model, record.merged_into)

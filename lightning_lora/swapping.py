@@ -45,11 +45,11 @@ def swap_adapter(model: nn.Module, path: str | Path) -> Plan:
     record = require_injection(model)
     source = read_source(Path(path), model)
     config, state, _ = source
-    merged = record.merged
+    merged, into = record.merged, record.merged_into
     if record.config == config:
         plan = load_source(model, source, str(path), strict_base=True)
         if merged:
-            merge_lora(model, record.merge_base)
+            merge_lora(model, into)
         return plan
     active = active_adapter(model)
     assert active is not None
@@ -69,7 +69,7 @@ def swap_adapter(model: nn.Module, path: str | Path) -> Plan:
             remove_lora(model)
         activate(model, leaving)
         if merged:
-            merge_lora(model, record.merge_base)
+            merge_lora(model, into)
         raise
     new = require_injection(model)
     # The layout of packed weights was held in place before.
@@ -79,5 +79,5 @@ def swap_adapter(model: nn.Module, path: str | Path) -> Plan:
         record.merge_dtype,
     )
     if merged:
-        merge_lora(model, record.merge_base)
+        merge_lora(model, into)
     return plan

@@ -29,9 +29,10 @@ from lightning_lora import (
 )
 from lightning_lora.errors import CheckpointError, ConfigError, TargetError
 from lightning_lora.injection import injection_of
+from lightning_lora.quantization import quantized_layers
 from tests.models import NormNet, assert_same, hugging_face, mlp, shake, snapshot
 from tests.modules import PlainClassifier, make_lora, make_trainer
-from tests.quantized import quantized_mlp
+from tests.quantized import any_bits, quantized_mlp
 
 peft = pytest.importorskip("peft")
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
@@ -230,6 +231,42 @@ def test_quantized_layers() -> None:
     fresh = quantized_mlp("nf4")
     flags = [getattr(m.fc1, "support_avx512bf16_for_cpu", None) for m in (model, fresh)]
     assert flags[0] == flags[1]
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_added_adapter_of_peft_starts_from_the_base(tmp_path: Path, init: str) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["fc1"], init_lora_weights=init)
+    theirs = peft.get_peft_model(mlp(), config)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.3 if parameter.requires_grad else 0)
+    theirs.save_pretrained(tmp_path)
+    model = mlp()
+    add_adapter(model, "first", **FIRST)
+    add_adapter(model, "theirs", tmp_path)
+    set_adapter(model, "theirs")
+    torch.testing.assert_close(model(X), theirs(X), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(model(X), mlp()(X), atol=1e-2)
+
+
+def test_an_exchange_repeats_what_a_quantized_base_was_merged_into() -> None:
+    model = quantized_mlp("nf4")
+    for seed, name in enumerate(("first", "second")):
+        add_adapter(model, name, r=2, alpha=6, target_modules=["fc1", "fc2"])
+        set_adapter(model, name)
+        shake(model, seed)
+    merge_lora(model, "requantized")
+    packed = any_bits(model.fc1.weight)
+    set_adapter(model, "first")
+    assert list(quantized_layers(model)) == ["fc1", "fc2"]
+    set_adapter(model, "second")
+    add_adapter(model, "third", r=2, alpha=6, target_modules=["fc1"])
+    scale_adapter(model, 0.5)
+    assert list(quantized_layers(model)) == ["fc1", "fc2"]
+    assert not torch.equal(any_bits(model.fc1.weight), packed)
+    scale_adapter(model, 1)
+    assert torch.equal(any_bits(model.fc1.weight), packed)
 
 
 def test_mistakes(tmp_path: Path) -> None:

@@ -31,8 +31,9 @@ _READERS = tuple(
         (r"\w*MHAttentionMap", "k_proj k_linear"),
         (r"TDNNLayer", "kernel"),
         # Tables and routers that are linear layers by name alone.
-        (r"LayoutLMv2Encoder", "rel_pos_bias rel_pos_x_bias rel_pos_y_bias"),
+        (r"LayoutLMv[23]Encoder", "rel_pos_bias rel_pos_x_bias rel_pos_y_bias"),
         (r"LongcatFlashTopkRouter", "classifier"),
+        (r"Gemma3nTextAltUp", "correction_coefs"),
         (r"LSHSelfAttention", "query_key value"),
     )
 )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.injection import Injection, injection_of, require_injection
+from lightning_lora.injection import injection_of, require_injection
 from lightning_lora.merging import merge_lora, unmerge_lora
 from lightning_lora.names import modules_by_name, unwrap
 
@@ -29,10 +29,8 @@ def scale_adapter(model: nn.Module, factor: float) -> None:
     Raises:
         ConfigError: The model has no active adapter, or the factor is not finite.
     """
-    if not math.isfinite(factor):
-        raise ConfigError(f"factor must be a finite number, got {factor!r}")
-    record = require_injection(model)
-    _set(model, record, [(lora, factor * scaling) for lora, scaling in _factors(model, record)])
+    _check(factor)
+    rescale(model, {lora: factor * trained for lora, trained in trained_scalings(model).items()})
 
 
 @contextmanager
@@ -50,30 +48,39 @@ def adapter_scaled(model: nn.Module, factor: float) -> Iterator[None]:
         >>> model[0].lora.scaling
         3.0
     """
-    record = require_injection(model)
-    scalings = [(lora, lora.scaling) for lora, _ in _factors(model, record)]
-    _set(model, record, [(lora, factor * scaling) for lora, scaling in scalings])
+    _check(factor)
+    before = {lora: lora.scaling for lora in trained_scalings(model)}
+    rescale(model, {lora: factor * scaling for lora, scaling in before.items()})
     try:
         yield
     finally:
-        _set(model, record, scalings)
+        rescale(model, before)
 
 
-def _factors(model: nn.Module, record: Injection) -> list[tuple[Any, float]]:
-    """The factors of the active adapter, each with the scaling that it was trained with."""
+def _check(factor: float) -> None:
+    if not math.isfinite(factor):
+        raise ConfigError(f"factor must be a finite number, got {factor!r}")
+
+
+def trained_scalings(model: nn.Module) -> dict[Any, float]:
+    """The factors of the active adapter, each once, with the scaling that they were trained with.
+
+    Raises:
+        ConfigError: The model has no active adapter.
+    """
     modules = modules_by_name(model)
-    return [
-        (unwrap(modules[target.name].lora), target.scaling)  # type: ignore[arg-type]
-        for target in record.plan.targets
-    ]
+    targets = require_injection(model).plan.targets
+    return {unwrap(modules[t.name].lora): t.scaling for t in targets}  # type: ignore[arg-type]
 
 
-def _set(model: nn.Module, record: Injection, scalings: list[tuple[Any, float]]) -> None:
+def rescale(model: nn.Module, scalings: Mapping[Any, float]) -> None:
+    """Set the scaling of factors, which may be those of an adapter that waits by now."""
+    record, into = injection_of(model), None
     # Inside the context another adapter may have become the active one.
-    merged = record.merged and injection_of(model) is record
-    if merged:
+    if record is not None and record.merged and scalings.keys() & trained_scalings(model).keys():
+        into = record.merged_into
         unmerge_lora(model)
-    for lora, scaling in scalings:
+    for lora, scaling in scalings.items():
         lora.scaling = scaling
-    if merged:
-        merge_lora(model, record.merged_into)
+    if into is not None:
+        merge_lora(model, into)

@@ -320,6 +320,8 @@ def test_scaling_an_adapter() -> None:
     assert torch.equal(model(X), merged)
     with pytest.raises(ConfigError, match="finite number, got nan"):
         scale_adapter(model, float("nan"))
+    with pytest.raises(ConfigError, match="finite number, got inf"), adapter_scaled(model, 1e999):
+        pass
     with pytest.raises(ConfigError, match="has no LoRA"):
         scale_adapter(mlp(), 1)
 

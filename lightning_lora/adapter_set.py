@@ -9,7 +9,7 @@ factors into their layers; layers that it does not target are plain layers meanw
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import CheckpointError, ConfigError
+from lightning_lora.errors import ConfigError
 from lightning_lora.injection import inject_lora, injection_of, require_injection
-from lightning_lora.interop import finds_start_again, load_source, read_source
+from lightning_lora.interop import Source, finds_start_again, load_source, read_source
 from lightning_lora.merging import merge_lora
 from lightning_lora.names import clean_name, unwrap
-from lightning_lora.parking import Waiting, activate, park, taken_from
+from lightning_lora.parking import Waiting, activate, park, take_out, taken_from
 from lightning_lora.plan import Plan
 from lightning_lora.quantization import allow_repacking
 from lightning_lora.sharded import is_sharded
@@ -75,7 +75,7 @@ def add_adapter(
         >>> adapter_names(model), active_adapter(model)
         (('first', 'second'), 'second')
     """
-    known = _kept(model)
+    known = adapters_of(model)
     if adapter_name in known or adapter_name == BASE or not adapter_name:
         why = "is taken" if adapter_name in known else "cannot be used"
         raise ConfigError(
@@ -94,18 +94,14 @@ def add_adapter(
         )
     active = active_adapter(model)
     with bare(model):
-        initialize = read is None or finds_start_again(read)
-        inject_lora(model, config if read is None else read[0], seed=seed, initialize=initialize)
-        added = taken_from(model, fresh=True)
+        if read is None:
+            inject_lora(model, config, seed=seed)
+            added = taken_from(model, fresh=True)
+        else:
+            added = loaded(model, read, str(source), strict_base)
         # The layout of packed weights is held in place for all adapters together.
         held = (each.record.repacked for each in known.values())
         added.record.repacked = next(held, added.record.repacked)
-        if read is not None:
-            try:
-                load_source(model, read, str(source), strict_base)
-            except CheckpointError:
-                park(model, added)
-                raise
         park(model, added)
         known[adapter_name] = added
     if active is None:
@@ -126,7 +122,7 @@ def set_adapter(model: nn.Module, adapter_name: str | None) -> None:
     Raises:
         ConfigError: The model has no adapter of this name, or is sharded.
     """
-    known = _kept(model)
+    known = adapters_of(model)
     active = active_adapter(model)
     if adapter_name == BASE:
         adapter_name = None
@@ -156,7 +152,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     Raises:
         ConfigError: The model has no adapter of this name.
     """
-    known = _kept(model)
+    known = adapters_of(model)
     _require(known, adapter_name)
     if active_adapter(model) == adapter_name:
         set_adapter(model, None)
@@ -164,6 +160,25 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     if not known:
         allow_repacking(model, deleted.record.repacked)
         delattr(unwrap(model), _SET)
+
+
+def loaded(model: nn.Module, source: Source, path: str, strict_base: bool) -> Waiting:
+    """Load an adapter into the bare model, which stays bare where that fails.
+
+    Args:
+        model: The model without an active adapter.
+        source: What `read_source` gave.
+        path: What to call it in errors.
+        strict_base: As for `load_adapter`.
+    """
+    inject_lora(model, source[0], initialize=finds_start_again(source))
+    added = taken_from(model, fresh=True)
+    try:
+        load_source(model, source, path, strict_base)
+    except BaseException:
+        take_out(model, added)
+        raise
+    return added
 
 
 def adapter_names(model: nn.Module) -> tuple[str, ...]:
@@ -186,6 +201,24 @@ def adapter_of(model: nn.Module, adapter_name: str) -> Waiting:
     known = _known(model)
     _require(known, adapter_name)
     return known[adapter_name]
+
+
+def adapters_of(model: nn.Module) -> dict[str, Waiting]:
+    """The model's adapters by name, as they are kept on the model itself, so that they travel with
+    copies and pickles: what is put in or taken out here counts.
+
+    Raises:
+        ConfigError: `lightning_lora.adapter_per_row` runs on the model.
+    """
+    if injection_of(model) is not None:
+        require_injection(model)
+    known = _known(model)
+    kept: dict[str, Waiting] = unwrap(model).__dict__.setdefault(_SET, {})
+    # The same object at every call: callers hold it while they exchange adapters.
+    for name in [name for name in kept if name not in known]:
+        del kept[name]
+    kept.update(known)
+    return kept
 
 
 @contextmanager
@@ -228,24 +261,16 @@ def _known(model: nn.Module) -> dict[str, Waiting]:
         and not record.by_row
         and all(each.record is not record for each in known.values())
     ):
-        name = DEFAULT
-        while name in known:
-            name += "_"
-        known[name] = taken_from(model, fresh=False)
+        known[default_name(known)] = taken_from(model, fresh=False)
     return known
 
 
-def _kept(model: nn.Module) -> dict[str, Waiting]:
-    """The same, kept on the model itself, so that it travels with copies and pickles."""
-    if injection_of(model) is not None:
-        require_injection(model)
-    known = _known(model)
-    kept: dict[str, Waiting] = unwrap(model).__dict__.setdefault(_SET, {})
-    # The same object at every call: callers hold it while they exchange adapters.
-    for name in [name for name in kept if name not in known]:
-        del kept[name]
-    kept.update(known)
-    return kept
+def default_name(known: Container[str]) -> str:
+    """What to call an adapter that nobody has named, beside others."""
+    name = DEFAULT
+    while name in known:
+        name += "_"
+    return name
 
 
 def _require(known: dict[str, Waiting], adapter_name: str) -> None:

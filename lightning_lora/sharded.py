@@ -90,6 +90,14 @@ def extent(tensor: Tensor) -> list[tuple[int, int]]:
     return [(start, start + size) for start, size in zip(offset, shape, strict=True)]
 
 
+def same(tensor: Tensor, value: Tensor) -> bool:
+    """Whether a tensor has the values of another (whole, or sharded alike), each process looking at
+    its own part.
+    """
+    part = local(value) if is_sharded(value) else part_of(value, tensor)
+    return torch.equal(local(tensor).cpu(), part.cpu())
+
+
 @torch.no_grad()
 def write(tensor: Tensor, value: Tensor) -> None:
     """Copy a whole value (or a tensor sharded alike) into a tensor, each process its own part."""

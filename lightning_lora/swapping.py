@@ -1,20 +1,20 @@
-"""Another adapter in the place of the present one."""
+"""Another adapter in the place of the present one, or everything as it was."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
-from lightning_lora.adapter_set import active_adapter, adapter_of
-from lightning_lora.injection import injection_of, require_injection
-from lightning_lora.interop import load_source, read_source
-from lightning_lora.merging import merge_lora
-from lightning_lora.names import clean_name
-from lightning_lora.parking import activate, park
+from lightning_lora.adapter_set import active_adapter, adapters_of, default_name, loaded
+from lightning_lora.injection import require_injection
+from lightning_lora.interop import Source, load_source, read_source
+from lightning_lora.merging import merge_lora, unmerge_lora
+from lightning_lora.parking import activate, refuse_unknown_base, take_out, without_base
 from lightning_lora.plan import Plan
-from lightning_lora.removal import remove_lora
+from lightning_lora.scaling import rescale, trained_scalings
+from lightning_lora.sharded import whole
+from lightning_lora.state import adapter_state_dict, load_adapter_state_dict
 
 
 def swap_adapter(model: nn.Module, path: str | Path) -> Plan:
@@ -44,40 +44,63 @@ def swap_adapter(model: nn.Module, path: str | Path) -> Plan:
     """
     record = require_injection(model)
     source = read_source(Path(path), model)
-    config, state, _ = source
-    merged, into = record.merged, record.merged_into
-    if record.config == config:
-        plan = load_source(model, source, str(path), strict_base=True)
+    swap = _refilled if record.config == source[0] else _exchanged
+    return swap(model, source, str(path))
+
+
+def _refilled(model: nn.Module, source: Source, path: str) -> Plan:
+    """Adapters with the same settings: other values in the same factors, which optimizers and
+    compiled code know.
+    """
+    record = require_injection(model)
+    merged = record.merged
+    before = {name: whole(tensor).clone() for name, tensor in adapter_state_dict(model).items()}
+    trained = trained_scalings(model)
+    scalings = {lora: lora.scaling for lora in trained}
+    unmerge_lora(model)
+    try:
+        plan = load_source(model, source, path, strict_base=True)
+        rescale(model, trained)
+        if merged:
+            merge_lora(model, record.merged_into)
+    except BaseException:
+        unmerge_lora(model)
+        load_adapter_state_dict(model, before)
+        rescale(model, scalings)
+        if merged:
+            merge_lora(model, record.merged_into)
+        raise
+    return plan
+
+
+def _exchanged(model: nn.Module, source: Source, path: str) -> Plan:
+    """Adapters with other settings: the present one waits until the new one is in its place."""
+    known, name = adapters_of(model), active_adapter(model)
+    assert name is not None
+    old, new = known[name], None
+    merged, into = old.record.merged, old.record.merged_into
+    refuse_unknown_base(old, brought=source[1])
+    try:
+        take_out(model, old)
+        new = loaded(model, source, path, strict_base=True)
+        for unknown in without_base(old):
+            new.base.pop(unknown, None)
+        # The layout of packed weights was held in place before.
+        new.record.repacked, new.record.merge_base, new.record.merge_dtype = (
+            old.record.repacked,
+            old.record.merge_base,
+            old.record.merge_dtype,
+        )
         if merged:
             merge_lora(model, into)
-        return plan
-    active = active_adapter(model)
-    assert active is not None
-    present = adapter_of(model, active)
-    # What the new adapter brings along needs no value in between.
-    brought = {
-        clean_name(name): parameter.detach().clone()
-        for name, parameter in model.named_parameters()
-        if clean_name(name) in state
-    }
-    leaving = replace(present, base={**brought, **present.base})
-    park(model, leaving)
-    try:
-        plan = load_source(model, source, str(path), strict_base=True)
     except BaseException:
-        if injection_of(model) is not None:
-            remove_lora(model)
-        activate(model, leaving)
-        if merged:
+        if new is not None:
+            take_out(model, new)
+        if not old.active:
+            activate(model, old)
+        if merged and not old.record.merged:
             merge_lora(model, into)
         raise
-    new = require_injection(model)
-    # The layout of packed weights was held in place before.
-    new.repacked, new.merge_base, new.merge_dtype = (
-        record.repacked,
-        record.merge_base,
-        record.merge_dtype,
-    )
-    if merged:
-        merge_lora(model, into)
-    return plan
+    del known[name]
+    known[default_name(known)] = new
+    return new.record.plan

@@ -8,13 +8,25 @@ from torch import nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.initialization.kinds import check_kinds
-from lightning_lora.initialization.loftq import initialize_from_error, put_back, restore_rounds
+from lightning_lora.initialization.loftq import (
+    initialize_from_error,
+    put_anew,
+    put_back,
+    restore_rounds,
+)
 from lightning_lora.initialization.spectral import initialize_from_weights, principal_factors
 from lightning_lora.layers import LoRAFactors
 from lightning_lora.plan import Plan
 from lightning_lora.start import keeps_start
 
-__all__ = ["check_kinds", "initialize", "principal_factors", "put_back", "restore_rounds"]
+__all__ = [
+    "check_kinds",
+    "initialize",
+    "principal_factors",
+    "put_anew",
+    "put_back",
+    "restore_rounds",
+]
 
 
 def initialize(

@@ -154,6 +154,22 @@ def put_back(model: nn.Module, originals: _Originals) -> None:
     originals.clear()
 
 
+@torch.no_grad()
+def put_anew(model: nn.Module, packed: Mapping[str, nn.Parameter], originals: _Originals) -> None:
+    """Undo `put_back`.
+
+    Args:
+        model: The model.
+        packed: The packed weights that the layers had before it, by the name of the layer.
+        originals: Where the weights that the model came with are kept.
+    """
+    layers = quantized_layers(model)
+    for name, weight in packed.items():
+        originals[name] = original = layers[name].weight
+        put_packed(layers[name], weight)
+        original.data = original.data.cpu()
+
+
 def _replace(name: str, layer: Any, W: Tensor, lora: LoRAFactors, originals: _Originals) -> None:
     """Quantize what the factors of the round before leave of a weight."""
     A, B = (getattr(lora, leaf).double() for leaf in PRIOR.values())

@@ -22,7 +22,7 @@ from lightning_lora.adapter_set import adapter_of, add_adapter, bare
 from lightning_lora.analysis import decompose_product
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, TargetError
-from lightning_lora.names import listed
+from lightning_lora.names import listed, modules_by_name
 from lightning_lora.parking import Waiting
 from lightning_lora.plan import Plan, Target
 from lightning_lora.slices import Slices
@@ -108,9 +108,12 @@ def add_weighted_adapter(
         name: _combined(targets[name], own, combination_type, svd_rank)
         for name, own in shares.items()
     }
-    first = next(iter(found.values())).record.config
+    # The attention of PyTorch has no place for dropout: what all of the adapters allow.
+    dropout = min(adapter.record.config.dropout for adapter in found.values())
     ranks = {name: B.shape[1] for name, (_, B) in combined.items()}
-    config = _config(model, first, ranks, targets)
+    with bare(model):
+        _check_ties(model, targets, shares)
+        config = _config(model, dropout, ranks, targets)
     plan = add_adapter(model, adapter_name, config)
     factors: Any = adapter_of(model, adapter_name).factors
     for target in plan.targets:
@@ -122,9 +125,9 @@ def add_weighted_adapter(
 
 
 def _config(
-    model: nn.Module, first: LoRAConfig, ranks: dict[str, int], targets: dict[str, Target]
+    model: nn.Module, dropout: float, ranks: dict[str, int], targets: dict[str, Target]
 ) -> LoRAConfig:
-    """Settings that mean exactly these layers, parts and ranks.
+    """Settings that mean exactly these layers, parts and ranks on the bare model.
 
     Raises:
         ConfigError: No settings do.
@@ -132,26 +135,25 @@ def _config(
     # Not the name of a preset, whatever a layer is called.
     names = f"(?:{'|'.join(map(re.escape, targets))})"
     wrong: list[str] = []
-    with bare(model):
-        for target_modules in (names, "qv"):
-            config = _settings(first, ranks, target_modules)
-            try:
+    for target_modules in (names, "qv"):
+        config = _settings(dropout, ranks, target_modules)
+        try:
+            planned = make_plan(model, config).targets
+            more = [target.name for target in planned if target.name not in targets]
+            if more:
+                # A preset means layers of all blocks.
+                config = replace(config, exclude_modules="|".join(map(re.escape, more)))
                 planned = make_plan(model, config).targets
-                more = [target.name for target in planned if target.name not in targets]
-                if more:
-                    # A preset means layers of all blocks.
-                    config = replace(config, exclude_modules="|".join(map(re.escape, more)))
-                    planned = make_plan(model, config).targets
-            except TargetError:
-                continue
-            found = {target.name: (target.r, target.slices) for target in planned}
-            wrong = [
-                name
-                for name, target in targets.items()
-                if found.get(name) != (ranks[target.tied_to or name], target.slices)
-            ]
-            if not wrong:
-                return config
+        except TargetError:
+            continue
+        found = {target.name: (target.r, target.slices) for target in planned}
+        wrong = [
+            name
+            for name, target in targets.items()
+            if found.get(name) != (ranks[target.tied_to or name], target.slices)
+        ]
+        if not wrong:
+            return config
     raise ConfigError(
         "The adapters cannot be combined: parts of fused projections (target_modules='qv') and "
         f"layers that the preset does not mean ({listed(wrong, limit=3)}) make no one adapter. "
@@ -159,14 +161,14 @@ def _config(
     )
 
 
-def _settings(first: LoRAConfig, ranks: dict[str, int], target_modules: str) -> LoRAConfig:
+def _settings(dropout: float, ranks: dict[str, int], target_modules: str) -> LoRAConfig:
     r = max(ranks.values(), key=list(ranks.values()).count)
     # The ^ makes a key the whole name.
     others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
     return LoRAConfig(
         r=r,
         alpha=r,
-        dropout=first.dropout,
+        dropout=dropout,
         target_modules=target_modules,
         rank_pattern=others or None,
         alpha_pattern={key: float(rank) for key, rank in others.items()} or None,
@@ -209,6 +211,21 @@ def _shares(
             own = Share(factors.A.detach(), factors.B.detach(), weight * factors.scaling)
             shares.setdefault(target.name, []).append(own)
     return shares, targets
+
+
+def _check_ties(
+    model: nn.Module, targets: dict[str, Target], shares: dict[str, list[Share]]
+) -> None:
+    """Layers with one weight would share the new factors, and so what one of them has learned."""
+    modules, first = modules_by_name(model), dict[int, str]()
+    for name, target in targets.items():
+        other = first.setdefault(id(getattr(modules[name], target.weights[0])), name)
+        factors = [[share.A.data_ptr() for share in shares[each]] for each in (name, other)]
+        if factors[0] != factors[1]:
+            raise ConfigError(
+                f"{other!r} and {name!r} share one weight and so their factors, and not all of the "
+                "adapters adapt both. Combine adapters with the same target_modules."
+            )
 
 
 def _check_ranks(shares: dict[str, list[Share]]) -> None:

@@ -13,13 +13,15 @@ from lightning_lora import (
     add_adapter,
     add_weighted_adapter,
     inject_lora,
+    merge_lora,
     save_adapter,
     set_adapter,
+    unmerge_lora,
 )
 from lightning_lora.errors import ConfigError
 from lightning_lora.injection import require_injection
 from lightning_lora.names import modules_by_name
-from tests.models import hugging_face, mlp, shake
+from tests.models import TiedLinears, hugging_face, mlp, shake
 
 peft = pytest.importorskip("peft")
 
@@ -224,6 +226,40 @@ def test_fused_projections_and_other_layers_make_no_one_adapter(order: list[str]
         add_weighted_adapter(model, order, [1.0, 1.0], "both", "cat")
     assert adapter_names(model) == ("fused", "plain") and active_adapter(model) == active
     assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("kind", ["cat", "svd"])
+def test_layers_with_one_weight_have_the_same_adapters(kind: str, merged: bool) -> None:
+    model = TiedLinears()
+    targets = {"both": ["first", "second"], "again": ["first", "second"]}
+    targets |= {"one": ["first"], "other": ["second"]}
+    for seed, (name, wanted) in enumerate(targets.items()):
+        add_adapter(model, name, r=2, alpha=6, target_modules=wanted)
+        set_adapter(model, name)
+        shake(model, seed)
+    if merged:
+        set_adapter(model, "both")
+        merge_lora(model)
+    for names in (["both", "one"], ["one", "both"], ["one", "other"]):
+        with pytest.raises(ConfigError, match=r"share one weight .* not all of the adapters"):
+            add_weighted_adapter(model, names, [1.0, 1.0], "new", kind, svd_rank=2)
+    assert adapter_names(model) == tuple(targets)
+    add_weighted_adapter(model, ["both", "again"], [0.5, 2.0], "new", kind, svd_rank=4)
+    if merged:
+        unmerge_lora(model)
+    found, parts = deltas(model, "new"), [deltas(model, name) for name in ("both", "again")]
+    for layer, update in found.items():
+        expected = 0.5 * parts[0][layer] + 2 * parts[1][layer]
+        torch.testing.assert_close(update, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_beside_an_adapter_with_dropout() -> None:
+    model = Grouped()
+    add_adapter(model, "one", r=2, alpha=6, target_modules=["conv"], dropout=0.1)
+    add_adapter(model, "two", r=2, alpha=6, target_modules=["attention"])
+    plan = add_weighted_adapter(model, ["one", "two"], [1.0, 1.0], "both", "cat")
+    assert [target.name for target in plan.targets] == ["conv", "attention"]
 
 
 def test_a_layer_with_the_name_of_a_preset() -> None:

@@ -35,11 +35,13 @@ def adapter_per_row(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     Args:
         model: A model with adapters (`lightning_lora.add_adapter`).
         names: The adapter of each row, ``"__base__"`` for none. Every batch inside must have as
-            many rows, in the first dimension of every adapted layer's input.
+            many rows, in the first dimension of every adapted layer's input; beam search
+            multiplies them, and needs each name as often as there are beams.
 
     Raises:
-        ConfigError: An unknown adapter; one with magnitudes, with parameters trained in place, or
-            on `torch.nn.MultiheadAttention` or experts; a merged model; a batch of another size.
+        ConfigError: An unknown adapter; one with magnitudes, with parameters or rows of embeddings
+            trained in place, or on `torch.nn.MultiheadAttention` or experts; a merged model; a
+            batch of another size.
 
     Example:
         >>> from lightning_lora import add_adapter
@@ -110,8 +112,9 @@ class _RowFactors(nn.Module):
             raise ConfigError(
                 f"adapter_per_row names {self.count} rows, and the input of {self.layer!r} has "
                 f"{len(x) if x.ndim else 0} in its first dimension. Name one adapter for each row "
-                "of the batch; a layer that folds the batch into another dimension cannot be "
-                "adapted by rows."
+                "of the batch; generate with num_beams or num_return_sequences multiplies the rows "
+                "and needs each name as often, one after the other. A layer that folds the batch "
+                "into another dimension cannot be adapted by rows."
             )
         if update is lora_linear:
             return self._linear(x, *inputs)

@@ -167,6 +167,27 @@ def test_generation_with_an_adapter_per_row() -> None:
         assert torch.equal(model.generate(ids(40)[row : row + 1], **options)[0], together[row])
 
 
+def test_beams_need_a_name_each() -> None:
+    model: Any = with_two(lambda: hugging_face("llama"), [["q_proj"], ["down_proj"]]).eval()
+    options: dict[str, Any] = {
+        "min_new_tokens": 5,
+        "max_new_tokens": 5,
+        "do_sample": False,
+        "num_beams": 2,
+        "pad_token_id": 0,
+    }
+    with (
+        adapter_per_row(model, NAMES),
+        pytest.raises(ConfigError, match=r"names 5 rows, .* has 10 .*num_beams .* multiplies"),
+    ):
+        model.generate(ids(40), **options)
+    with adapter_per_row(model, [name for name in NAMES for _ in range(2)]):
+        together = model.generate(ids(40), **options)
+    for row, name in enumerate(NAMES):
+        set_adapter(model, name)
+        assert torch.equal(model.generate(ids(40)[row : row + 1], **options)[0], together[row])
+
+
 def test_dropout_is_that_of_training() -> None:
     model = with_two(mlp, [["fc1"], ["fc2"]], dropout=0.5)
     x = torch.randn(5, 6)
@@ -198,6 +219,13 @@ def test_mistakes() -> None:
     settings: dict[str, Any] = {"r": 2, "alpha": 6, "target_modules": ["fc1"]}
     add_adapter(model, "scaled", use_dora=True, **settings)
     add_adapter(model, "biased", bias="all", **settings)
+    embedding = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4))
+    add_adapter(embedding, "rows", target_modules=["1"], trainable_token_indices=[1])
+    with (
+        pytest.raises(ConfigError, match=r"trains rows of embeddings \(trainable_token_indices"),
+        adapter_per_row(embedding, ["rows"]),
+    ):
+        pass
     for name, why in {"scaled": "has magnitudes", "biased": "trains base parameters"}.items():
         with pytest.raises(ConfigError, match=why), adapter_per_row(model, [name]):
             pass

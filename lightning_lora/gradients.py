@@ -9,7 +9,10 @@ from lightning_lora.sharded import local
 
 
 def gradients_of(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of this process's part of each gradient, where they are, by the parameter's name."""
+    """Copies of this process's part of each gradient, by the parameter's name.
+
+    They stay on the gradients' device, so that a copy in every batch makes no device wait.
+    """
     return {
         name: local(parameter.grad).detach().clone()
         for name, parameter in module.named_parameters()

@@ -1,6 +1,7 @@
 """Methods of Lightning's loops, wrapped for a while.
 
-This module and `lightning_lora.resume` are the only ones that know private parts of the loops.
+This module, `lightning_lora.epoch_iterator`, `lightning_lora.places` and `lightning_lora.resume`
+are the only ones that know private parts of the loops.
 """
 
 from __future__ import annotations

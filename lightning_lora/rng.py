@@ -1,4 +1,6 @@
-"""The state of the random generators of a process, in a form that a checkpoint can hold."""
+"""The state of the random generators and the seeds of a process, in a form that a checkpoint can
+hold.
+"""
 
 from __future__ import annotations
 
@@ -68,10 +70,58 @@ def loader_generators(loaders: Iterable[Any]) -> list[torch.Generator]:
     """
     found: dict[int, torch.Generator] = {}
     for loader in loaders:
-        batch_sampler = getattr(loader, "batch_sampler", None)
-        samplers = (getattr(loader, "sampler", None), getattr(batch_sampler, "sampler", None))
-        for owner in (loader, batch_sampler, *samplers):
+        for owner in _sampling(loader):
             generator = getattr(owner, "generator", None)
             if isinstance(generator, torch.Generator):
                 found[id(generator)] = generator
+    return list(found.values())
+
+
+def _sampling(loader: Any) -> tuple[Any, ...]:
+    """What may settle the order of a loader's rows."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    samplers = (getattr(loader, "sampler", None), getattr(batch_sampler, "sampler", None))
+    return (loader, batch_sampler, *samplers)
+
+
+class SamplerSeeds:
+    """Seeds of samplers that shuffle by a seed and the epoch, as distributed ones do.
+
+    Lightning gives its samplers the seed of `seed_everything`, which a resuming process may never
+    have called.
+
+    Args:
+        saved: The seeds of the first run, as `of` returned them; none: every sampler keeps its own.
+    """
+
+    def __init__(self, saved: Sequence[int] = ()) -> None:
+        self._saved = list(saved)
+        self._own: list[int] | None = None
+
+    @staticmethod
+    def of(loaders: Iterable[Any]) -> list[int]:
+        """The seed of each such sampler, in a stable order."""
+        return [sampler.seed for sampler in _seeded(loaders)]
+
+    def put_into(self, loaders: Iterable[Any]) -> None:
+        """Give loaders that were made in this process the seeds of the first run.
+
+        Args:
+            loaders: The loaders, or what has replaced them since the last call.
+        """
+        samplers = _seeded(loaders)
+        if self._own is None:
+            self._own = [sampler.seed for sampler in samplers]
+        for sampler, own, saved in zip(samplers, self._own, self._saved, strict=False):
+            # Loaders made later may have seeds of their own, by the epoch for instance.
+            if sampler.seed == own:
+                sampler.seed = saved
+
+
+def _seeded(loaders: Iterable[Any]) -> list[Any]:
+    found: dict[int, Any] = {}
+    for loader in loaders:
+        for owner in _sampling(loader):
+            if isinstance(getattr(owner, "seed", None), int) and hasattr(owner, "set_epoch"):
+                found[id(owner)] = owner
     return list(found.values())

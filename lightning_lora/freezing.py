@@ -15,6 +15,7 @@ from lightning_lora.matching import inside
 from lightning_lora.names import clean_name, listed, modules_by_name, parameters_of
 from lightning_lora.plan import Plan
 from lightning_lora.quantization import quantized_layers
+from lightning_lora.quantized_biases import keep_biases
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -30,6 +31,10 @@ def freeze(model: nn.Module, plan: Plan) -> None:
     for _, parameter, wanted in _wanted(modules, plan):
         if parameter.requires_grad != wanted:
             parameter.requires_grad_(wanted)
+    trained = {parameter.name for parameter in plan.trained}
+    keep_biases(
+        {n: layer for n, layer in quantized_layers(model).items() if f"{n}.bias" in trained}
+    )
     for name, module in modules.items():
         if isinstance(module, _NormBase) and module.track_running_stats:
             trains = any(parameter.requires_grad for parameter in module.parameters())

@@ -22,7 +22,7 @@ from lightning_lora.projections import JoinedProjections, factors_in, project
 from lightning_lora.transforms import is_transformed
 
 # Elements of an input below which ordinary operations are faster, measured on CPUs.
-SMALL_INPUT = 2**16
+SMALL_INPUT = 2**15
 
 
 class LoRAProjection(NamedTuple):

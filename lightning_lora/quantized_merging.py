@@ -263,6 +263,10 @@ def _put_packed(layer: Any, weight: nn.Parameter, replaced: Replaced) -> None:
         state.__dict__.update(weight.quant_state.__dict__)  # type: ignore[attr-defined]
         return
     layer._parameters["weight"] = weight
+    if layer.bias is not None:
+        # bitsandbytes rounds a bias in place, and the original may be a master that trains.
+        bias = layer.bias.detach().clone()
+        layer._parameters["bias"] = nn.Parameter(bias, layer.bias.requires_grad)
     if hasattr(layer, "quant_state"):
         replaced.attributes["quant_state"] = layer.quant_state
         layer.quant_state = weight.quant_state  # type: ignore[attr-defined]

@@ -41,7 +41,7 @@ class Siblings:
         self._clear()
 
     def _clear(self) -> None:
-        self.ready: dict[Any, tuple[Tensor, tuple[int, ...]]] = {}
+        self.ready: dict[Any, tuple[Tensor, tuple[Any, ...]]] = {}
         self.made_from: Tensor | None = None
         self.made_as: tuple[Any, ...] = ()
 
@@ -198,10 +198,14 @@ def _projection(layer: Any) -> LoRAProjection:
     return LoRAProjection(layer.weight, layer.bias, A, B, lora.scaling, dropout)
 
 
-def _versions(layer: Any) -> tuple[int, ...]:
-    """How often each parameter behind a layer's output was changed."""
-    tensors = (layer.weight, layer.bias, layer.lora.A, layer.lora.B)
-    return tuple(tensor._version for tensor in tensors if tensor is not None)
+def _versions(layer: Any) -> tuple[Any, ...]:
+    """What stands behind a layer's output: each parameter, where it lies and how often it was
+    changed, and the settings of the factors.
+    """
+    lora = layer.lora
+    tensors = (layer.weight, layer.bias, lora.A, lora.B)
+    states = [(each._version, each.data_ptr()) for each in tensors if each is not None]
+    return (*states, lora.scaling, lora.dropout, lora.training)
 
 
 def _circumstances(x: Tensor) -> tuple[Any, ...]:

@@ -197,6 +197,28 @@ def test_parameters_that_were_changed_in_between(joined: list[int]) -> None:
     assert joined[0] == 3
 
 
+@pytest.mark.parametrize("change", ["scaling", "data", "mode"])
+def test_settings_that_were_changed_in_between(change: str, joined: list[int]) -> None:
+    model = adapted(dropout=0.5)
+    attention: Any = model.blocks[0]
+    x = inputs()
+    grads(model, x, passes=2)
+    attention.q(x)
+    layer = attention.k
+    if change == "scaling":
+        layer.lora.scaling = 0.0
+    elif change == "data":
+        layer.weight.data = 2 * layer.weight.data
+    if change != "scaling":
+        layer.eval()
+    expected = copy.deepcopy(layer)
+    expected.__dict__.pop("siblings", None)
+    torch.manual_seed(1)
+    found = layer(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(found, expected(x))
+
+
 def test_hooks_of_every_layer_run_and_may_replace_input_and_output() -> None:
     model, seen = adapted(), []
     for name, module in model.named_modules():

@@ -13,7 +13,8 @@ from lightning_lora.plan import Target
 def distinct(model: nn.Module) -> Any:
     """The model with weights so large, and numbers so precise, that influences stand out."""
     model = model.double()
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
         for parameter in model.parameters():
             if parameter.ndim >= 2:
                 torch.nn.init.normal_(parameter, std=0.2)

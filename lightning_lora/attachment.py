@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_lora import tokenizer_files
 from lightning_lora.averaging import CURRENT, fill_in_base, keep_adapter
 from lightning_lora.checkpoints import (
     explain_unreadable,
@@ -33,7 +34,6 @@ from lightning_lora.metadata import (
 from lightning_lora.names import modules_by_name
 from lightning_lora.state import audit_state
 from lightning_lora.strategies import sharding_of
-from lightning_lora.tokenizer_files import tokenizer_of, tokenizer_settings
 
 
 class Attachment:
@@ -130,8 +130,8 @@ class Attachment:
             **checkpoint_metadata(model),
             "optimizers": optimizer_names(self._strategy.optimizers, modules),
             "joined": joined_layers(modules),
-            "tokenizer": tokenizer_settings(
-                tokenizer_of(model, getattr(model.trainer, "datamodule", None))
+            tokenizer_files.KEY: tokenizer_files.tokenizer_settings(
+                tokenizer_files.tokenizer_of(model, getattr(model.trainer, "datamodule", None))
             ),
         }
         self.sharding.save(original, checkpoint, path, **kwargs)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.directories import is_directory, read_directory
-from lightning_lora.errors import CheckpointError
+from lightning_lora.errors import CheckpointError, first_line
 from lightning_lora.metadata import METADATA_KEY, check_version
 from lightning_lora.names import listed, modules_by_name, parameters_of
 
@@ -46,7 +46,7 @@ def explain_unreadable(path: Any) -> Iterator[None]:
     except Exception as error:  # torch raises many kinds for a file that is no checkpoint
         raise CheckpointError(
             f"{path} could not be read: it is truncated, or not a checkpoint "
-            f"({_first_line(error)}). Use an earlier checkpoint."
+            f"({first_line(error)}). Use an earlier checkpoint."
         ) from error
 
 
@@ -223,8 +223,4 @@ def _flat(groups: Iterable[Iterable[Any]]) -> list[Any]:
 def _reason(error: BaseException) -> str:
     """What torch says of the object that it does not load, without its advice."""
     found = re.search(r"Unsupported (?:global|operand).*?(?=\. |\n|$)", str(error))
-    return found[0] if found else _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return found[0] if found else first_line(error)

@@ -114,7 +114,7 @@ def add_weighted_adapter(
     with bare(model):
         _check_ties(model, targets, shares)
         config = _config(model, dropout, ranks, targets)
-    plan = add_adapter(model, adapter_name, config)
+        plan = add_adapter(model, adapter_name, config)
     factors: Any = adapter_of(model, adapter_name).factors
     for target in plan.targets:
         if target.tied_to is None:

@@ -123,7 +123,7 @@ def dora_linear(
     """
     norm = weight_norm(weight, A, B, scaling)
     dropped = draw_dropped(x, dropout) if dropout > 0 else None
-    if weight.requires_grad or (not torch.compiler.is_compiling() and is_transformed()):
+    if weight.requires_grad or is_transformed():
         return _composite(x, weight, bias, A, B, magnitude, norm, dropped, scaling, dropout)
     out: Tensor = _DoRALinear.apply(
         x, weight, bias, A, B, magnitude, norm, dropped, scaling, dropout, None

@@ -5,6 +5,16 @@ that the command line can print the message alone and leave tracebacks to real d
 """
 
 
+def first_line(error: BaseException, most: int | None = 200) -> str:
+    """The first line of what an error of another library says, or its kind if it says nothing.
+
+    Args:
+        error: The error.
+        most: How many characters of it; None for all.
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
+
+
 class LightningLoRAError(Exception):
     """Base of every error that is explained by its message alone."""
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from lightning_lora.errors import CheckpointError, ConfigError
-from lightning_lora.files import replacing_directory
+from lightning_lora.files import nearest_existing, replacing_directory
 from lightning_lora.injection import require_injection
 from lightning_lora.interop import write_adapter
 from lightning_lora.model_card import data_settings, training_settings
@@ -113,7 +113,7 @@ def announce_export(module: LightningModule, sharding: Replicated, directory: Pa
 
 def _check_folder(folder: Path) -> None:
     """Find out before a fit what its end would stumble over."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    there = nearest_existing(folder)
     if not there.is_dir() or not os.access(there, os.W_OK):
         why = "cannot be written to" if there.is_dir() else "is a file"
         raise ConfigError(f"export_dir: {there} {why}. Choose another folder.")

@@ -10,6 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def nearest_existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    path = path.absolute()
+    return next(each for each in (path, *path.parents) if each.exists())
+
+
 @contextmanager
 def replacing_directory(target: str | Path) -> Iterator[Path]:
     """A fresh folder beside ``target`` that takes its place when the block ends well, and vanishes

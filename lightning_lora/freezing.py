@@ -32,9 +32,8 @@ def freeze(model: nn.Module, plan: Plan) -> None:
         if parameter.requires_grad != wanted:
             parameter.requires_grad_(wanted)
     trained = {parameter.name for parameter in plan.trained}
-    keep_biases(
-        {n: layer for n, layer in quantized_layers(model).items() if f"{n}.bias" in trained}
-    )
+    layers = quantized_layers(model).items()
+    keep_biases(layer for name, layer in layers if f"{name}.bias" in trained)
     for name, module in modules.items():
         if isinstance(module, _NormBase) and module.track_running_stats:
             trains = any(parameter.requires_grad for parameter in module.parameters())

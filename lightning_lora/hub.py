@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.errors import CheckpointError, ConfigError
+from lightning_lora.errors import CheckpointError, ConfigError, first_line
 
 _KINDS = {"adapter_config.json": "an adapter in PEFT format", "config.json": "a model"}
 
@@ -54,7 +54,7 @@ def require_login() -> str:
         return str(huggingface_hub.HfApi().whoami()["name"])
     except HfHubHTTPError as error:
         raise ConfigError(
-            f"The hub does not accept the token ({_first_line(error)}). Run `hf auth login` again."
+            f"The hub does not accept the token ({first_line(error)}). Run `hf auth login` again."
         ) from error
     except Exception as error:  # the client raises many kinds
         raise ConfigError(_unreachable(error)) from error
@@ -91,17 +91,11 @@ def push_folder(folder: Path, name: str, private: bool = False) -> str:
             commit_message="Upload with lightning-lora",
         )
     except HFValidationError as error:
-        raise ConfigError(f"{name!r} is no name for the hub: {_first_line(error)}") from error
+        raise ConfigError(f"{name!r} is no name for the hub: {first_line(error)}") from error
     except Exception as error:  # the client raises many kinds
-        raise ConfigError(f"{folder} was not uploaded to {full}: {_first_line(error)}") from error
+        raise ConfigError(f"{folder} was not uploaded to {full}: {first_line(error)}") from error
     return f"https://huggingface.co/{full}"
 
 
 def _unreachable(error: Exception) -> str:
-    return (
-        f"The hub cannot be reached ({_first_line(error)}). Check the network and HF_HUB_OFFLINE."
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return f"The hub cannot be reached ({first_line(error)}). Check the network and HF_HUB_OFFLINE."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from safetensors import SafetensorError
 
@@ -78,13 +77,7 @@ def write_export(export: Export, directory: str | Path) -> list[Path]:
         k: adapter.checkpoint[k] for k in ("epoch", "global_step") if k in adapter.checkpoint
     }
     try:
-        with TemporaryDirectory() as scratch:
-            settings = adapter.metadata.get("tokenizer")
-            files = (
-                ()
-                if export.folder is None
-                else tokenizer_files(export.folder, settings, Path(scratch))
-            )
+        with tokenizer_files(export.folder, adapter.metadata) as files:
             write_adapter(
                 skeleton.root,
                 directory,

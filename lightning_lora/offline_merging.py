@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from lightning_lora.base_on_disk import (
 )
 from lightning_lora.errors import CheckpointError, ConfigError
 from lightning_lora.export import only_renames
-from lightning_lora.files import replacing_directory
+from lightning_lora.files import nearest_existing, replacing_directory
 from lightning_lora.layerwise import Merge, read_base, untie, write_layers
 from lightning_lora.merging import factors_are_finite
 from lightning_lora.names import listed, modules_by_name
@@ -136,7 +135,7 @@ def write_merge(
         CheckpointError: The folder cannot be written, or a weight cannot be read; nothing is left.
     """
     output = Path(output)
-    free = shutil.disk_usage(_existing(output)).free
+    free = shutil.disk_usage(nearest_existing(output)).free
     if free < merge.size:
         raise CheckpointError(
             f"{output} cannot be written: the merged model takes {merge.size / 1e9:.2f} GB, and "
@@ -148,9 +147,8 @@ def write_merge(
                 save_whole(merge.live, merge.skeleton.part, fresh, shard, merge.dtype)
             else:
                 write_layers(merge, fresh, shard, progress)
-            with TemporaryDirectory() as scratch:
-                settings = merge.adapter.metadata.get("tokenizer")
-                for file in tokenizer_files(merge.folder, settings, Path(scratch)):
+            with tokenizer_files(merge.folder, merge.adapter.metadata) as files:
+                for file in files:
                     shutil.copyfile(file, fresh / file.name)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -226,14 +224,6 @@ def _check_base(merge: Merge, progress: Callable[[int, int, str], None]) -> str:
             "Give --base with the weights that it was trained on."
         )
     return "the same, what is not quantized in it" if quantization else "the same"
-
-
-def _existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def merge_on_disk(

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
-from lightning_lora.errors import CheckpointError
+from lightning_lora.errors import CheckpointError, first_line
 from lightning_lora.validation import is_name_list, is_number, is_whole, mapping_problems
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -45,32 +44,28 @@ def read_peft_files(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     try:
         config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-        tensors = _tensors(weights)
+        tensors, init = _tensors(weights)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path} could not be read: it is damaged ({error}).") from error
-    return {**_checked(config, str(path)), INIT: _init(weights)}, tensors
+    return {**_checked(config, str(path)), INIT: init}, tensors
 
 
-def _init(file: Path) -> str | None:
-    if file.name == PICKLED_FILE:
-        return None
-    with safe_open(file, "pt") as opened:
-        return (opened.metadata() or {}).get(INIT)
-
-
-def _tensors(file: Path) -> dict[str, Tensor]:
+def _tensors(file: Path) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors of a file, and how they started, where it says so."""
     if file.name != PICKLED_FILE:
-        return load_file(file)
+        with safe_open(file, "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            return tensors, (opened.metadata() or {}).get(INIT)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that holds something else
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)
         raise ValueError(f"{file.name}: {reason}") from error
     if not isinstance(content, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
     ):
         raise ValueError(f"{file.name} holds something else than tensors by name")
-    return dict(content)
+    return dict(content), None
 
 
 def _checked(config: Any, source: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ that trains what its steps are smaller than. Around the call a cast stands in th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -14,9 +14,9 @@ from torch import nn
 _KEPT = "_lightning_lora_bias"
 
 
-def keep_biases(layers: Mapping[str, nn.Module]) -> None:
+def keep_biases(layers: Iterable[nn.Module]) -> None:
     """Let the biases of quantized layers keep their dtype; calling it again changes nothing."""
-    for layer in layers.values():
+    for layer in layers:
         if layer.bias is not None and _lend_cast not in layer._forward_pre_hooks.values():
             layer.register_forward_pre_hook(_lend_cast)
             layer.register_forward_hook(_take_back, always_call=True)

@@ -246,10 +246,16 @@ def _make_plain(layer: Any, weight: nn.Parameter, replaced: Replaced) -> None:
     else:
         layer.__class__ = nn.Linear
     layer._parameters["weight"] = weight
-    bias = layer._parameters["bias"]
-    if bias is not None and bias.dtype != weight.dtype:
-        # A copy in any case: the original keeps its precision, and may be a master that trains.
-        layer._parameters["bias"] = nn.Parameter(bias.to(weight.dtype), bias.requires_grad)
+    if layer.bias is not None and layer.bias.dtype != weight.dtype:
+        _copy_bias(layer, weight.dtype)
+
+
+def _copy_bias(layer: Any, dtype: torch.dtype) -> None:
+    """Put a copy in the place of a bias, which keeps its precision and may be a master that
+    trains.
+    """
+    copy = layer.bias.detach().to(dtype, copy=True)
+    layer._parameters["bias"] = nn.Parameter(copy, layer.bias.requires_grad)
 
 
 def _put_packed(layer: Any, weight: nn.Parameter, replaced: Replaced) -> None:
@@ -264,9 +270,8 @@ def _put_packed(layer: Any, weight: nn.Parameter, replaced: Replaced) -> None:
         return
     layer._parameters["weight"] = weight
     if layer.bias is not None:
-        # bitsandbytes rounds a bias in place, and the original may be a master that trains.
-        bias = layer.bias.detach().clone()
-        layer._parameters["bias"] = nn.Parameter(bias, layer.bias.requires_grad)
+        # bitsandbytes rounds what it is given in place.
+        _copy_bias(layer, layer.bias.dtype)
     if hasattr(layer, "quant_state"):
         replaced.attributes["quant_state"] = layer.quant_state
         layer.quant_state = weight.quant_state  # type: ignore[attr-defined]

@@ -90,18 +90,23 @@ def extent(tensor: Tensor) -> list[tuple[int, int]]:
     return [(start, start + size) for start, size in zip(offset, shape, strict=True)]
 
 
+def _own_part(value: Tensor, like: Tensor) -> Tensor:
+    """What this process has of a value that is whole, or sharded like a tensor."""
+    return local(value) if is_sharded(value) else part_of(value, like)
+
+
 def same(tensor: Tensor, value: Tensor) -> bool:
     """Whether a tensor has the values of another (whole, or sharded alike), each process looking at
     its own part.
     """
-    part = local(value) if is_sharded(value) else part_of(value, tensor)
+    part = _own_part(value, tensor)
     return torch.equal(local(tensor).cpu(), part.cpu())
 
 
 @torch.no_grad()
 def write(tensor: Tensor, value: Tensor) -> None:
     """Copy a whole value (or a tensor sharded alike) into a tensor, each process its own part."""
-    part = local(value) if is_sharded(value) else part_of(value, tensor)
+    part = _own_part(value, tensor)
     target = local(tensor)
     # A rank whose part is empty has a view that copy_ cannot always match by its shape.
     if target.numel():

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_lora.checkpoints import read_checkpoint
 from lightning_lora.config import LoRAConfig
 from lightning_lora.directories import is_directory
-from lightning_lora.errors import CheckpointError
+from lightning_lora.errors import CheckpointError, first_line
 from lightning_lora.metadata import METADATA_KEY
 from lightning_lora.peft_format import from_peft_config, from_peft_tensors
 from lightning_lora.peft_reading import read_peft_files
@@ -110,7 +110,7 @@ def base_folder(adapter: StoredAdapter, base: str | Path | None = None) -> Path:
     try:
         return model_folder(name)
     except Exception as error:  # the hub's client raises many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error, most=None)
         raise CheckpointError(
             f"The base model {name} is not on this machine and could not be downloaded ({reason}). "
             "Give --base FOLDER."

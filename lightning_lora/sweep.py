@@ -239,8 +239,7 @@ def _carry_out(run: Run, folder: Path) -> Result:
     folder.mkdir(parents=True, exist_ok=True)
     with holding(folder) as held:
         if _read(folder / _REQUEST) != request:
-            for earlier in runs(folder):
-                shutil.rmtree(earlier)
+            _remove_runs(folder)
             (folder / RESULT).unlink(missing_ok=True)
         _write(folder / _REQUEST, request)
         start = time.monotonic()
@@ -248,8 +247,7 @@ def _carry_out(run: Run, folder: Path) -> Result:
         code = _fit(run, folder, last, held)
         if code and last is not None:
             # What cannot be resumed (a checkpoint cut short, say) begins anew.
-            for earlier in runs(folder):
-                shutil.rmtree(earlier)
+            _remove_runs(folder)
             code = _fit(run, folder, None, held)
     seconds = time.monotonic() - start
     if code:
@@ -262,6 +260,11 @@ def _carry_out(run: Run, folder: Path) -> Result:
     for checkpoint in (runs(folder)[-1] / CHECKPOINTS).glob(f"{LAST}*.ckpt"):
         checkpoint.unlink()
     return result
+
+
+def _remove_runs(folder: Path) -> None:
+    for earlier in runs(folder):
+        shutil.rmtree(earlier)
 
 
 def _fit(run: Run, folder: Path, checkpoint: Path | None, held: tuple[int, ...]) -> int:

@@ -6,12 +6,15 @@ changed is a few texts and numbers, which a checkpoint holds; the rest is in the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from lightning_lora.base_on_disk import side_files
 
+# Where the metadata of a checkpoint has them.
 KEY = "tokenizer"
 _SETTINGS = ("chat_template", "pad_token", "model_max_length")
 
@@ -32,22 +35,24 @@ def tokenizer_settings(tokenizer: Any) -> dict[str, Any] | None:
     }
 
 
-def tokenizer_files(folder: Path, settings: Mapping[str, Any] | None, scratch: Path) -> list[Path]:
-    """The files of a base's tokenizer, with the settings that a fit gave it.
+@contextmanager
+def tokenizer_files(folder: Path | None, metadata: Mapping[str, Any]) -> Iterator[list[Path]]:
+    """The files of a base's tokenizer, with the settings that a fit gave it; inside they are there.
 
     Args:
-        folder: The folder of the base.
-        settings: From `tokenizer_settings`; ``None`` where they are not known.
-        scratch: A folder for files that are not as in the base.
+        folder: The folder of the base; without one there are no files.
+        metadata: What the fit's checkpoint says about its adapter.
     """
-    found = {file.name: file for file in side_files(folder)}
-    if settings and any(name.startswith("tokenizer") for name in found):
-        from transformers import AutoTokenizer
+    found = {} if folder is None else {file.name: file for file in side_files(folder)}
+    settings = metadata.get(KEY)
+    with TemporaryDirectory() as scratch:
+        if settings and any(name.startswith("tokenizer") for name in found):
+            from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        if tokenizer_settings(tokenizer) != dict(settings):
-            for name, value in settings.items():
-                setattr(tokenizer, name, value)
-            tokenizer.save_pretrained(scratch)
-            found |= {file.name: file for file in side_files(scratch)}
-    return [found[name] for name in sorted(found)]
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            if tokenizer_settings(tokenizer) != dict(settings):
+                for name, value in settings.items():
+                    setattr(tokenizer, name, value)
+                tokenizer.save_pretrained(scratch)
+                found |= {file.name: file for file in side_files(Path(scratch))}
+        yield [found[name] for name in sorted(found)]

@@ -27,21 +27,23 @@ def saved_modules(modules: dict[str, nn.Module], config: LoRAConfig) -> tuple[st
     found = []
     for wanted in config.modules_to_save or ():
         names = [name for name in modules if suffix_matches(wanted, name)]
-        parameter = next((p for p in parameters_of(modules) if suffix_matches(wanted, p)), None)
-        if not names and parameter is not None:
-            raise TargetError(
-                f"modules_to_save: {wanted!r} is a parameter ({parameter}), and only modules can "
-                "be named. Let it be part of a module of its own, and name that."
-            )
         if not names:
-            raise TargetError(
-                f"modules_to_save: {wanted!r} matched nothing. {suggest(wanted, modules)}"
-            )
+            raise TargetError(f"modules_to_save: {wanted!r} {_why_none(wanted, modules)}")
         found += names
     outermost = [
         name for name in found if not inside(name, [other for other in found if other != name])
     ]
     return tuple(dict.fromkeys(outermost))
+
+
+def _why_none(wanted: str, modules: dict[str, nn.Module]) -> str:
+    parameter = next((p for p in parameters_of(modules) if suffix_matches(wanted, p)), None)
+    if parameter is None:
+        return f"matched nothing. {suggest(wanted, modules)}"
+    return (
+        f"is a parameter ({parameter}), and only modules can be named. Let it be part of a module "
+        "of its own, and name that."
+    )
 
 
 def is_norm(module: nn.Module) -> bool:

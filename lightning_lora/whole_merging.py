@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_lora.errors import CheckpointError, LightningLoRAError
+from lightning_lora.errors import CheckpointError, LightningLoRAError, first_line
 from lightning_lora.export import untied_config, without_progress_bar
 from lightning_lora.injection import inject_lora
 from lightning_lora.merging import merge_lora
@@ -48,7 +48,7 @@ def load_whole(
                 output_loading_info=True,
             )
     except Exception as error:  # transformers raises many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error, most=None)
         raise CheckpointError(f"The base {folder} could not be loaded: {reason}") from error
     missing = sorted(set(report["missing_keys"]) - own)
     if missing:

@@ -71,17 +71,17 @@ def test_merges_and_exports_have_what_the_fit_gave_its_tokenizer(tmp_path: Path)
 
 
 def test_files_that_say_the_same_are_those_of_the_base(tmp_path: Path) -> None:
-    base, scratch = tmp_path / "base", tmp_path / "scratch"
-    scratch.mkdir()
+    base = tmp_path / "base"
     tokenizer = settled(make_tokenizer())
     tokenizer.save_pretrained(base)
     for settings in (tokenizer_settings(tokenizer), None):
-        files = tokenizer_files(base, settings, scratch)
-        assert files and all(file.parent == base for file in files)
+        with tokenizer_files(base, {"tokenizer": settings}) as files:
+            assert files and all(file.parent == base for file in files)
     # A base without a tokenizer gets none.
     shutil.rmtree(base)
     base.mkdir()
-    assert tokenizer_files(base, {"pad_token": "x"}, scratch) == []
+    with tokenizer_files(base, {"tokenizer": {"pad_token": "x"}}) as files:
+        assert files == []
 
 
 def test_modules_without_a_tokenizer(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,19 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.attachment import Attachment
 from lightning_lora.averaging import check_weight_averaging
+from lightning_lora.best import check_best_checkpoint, check_hyperparameters, load_best
 from lightning_lora.callback_settings import callback_problems
-from lightning_lora.checkpoints import explain_unreadable
 from lightning_lora.checks import (
-    check_best_checkpoint,
     check_finetuning,
     check_frozen_dtype,
-    check_hyperparameters,
+    check_gradients,
+    check_loss,
     check_modes,
     check_optimizers,
     check_strategy,
@@ -210,6 +210,7 @@ class LoRACallback(Callback):
         self._sharding: Replicated
         self._trainer: Trainer | None = None
         self._fitted = False
+        self._gradients_seen = False
         self._stays_merged = False
 
     @override
@@ -236,6 +237,7 @@ class LoRACallback(Callback):
         freeze(pl_module, self.plan)
         check_optimizers(trainer, pl_module)
         check_finetuning(trainer)
+        self._gradients_seen = False
         record = require_injection(pl_module)
         if self.init_from is not None and record.fresh and trainer.ckpt_path is None:
             state = starting_state(pl_module, self.init_from)
@@ -263,6 +265,19 @@ class LoRACallback(Callback):
             refuse_unfrozen(pl_module, require_injection(pl_module).plan)
 
     @override
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        check_loss(loss)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        if not self._gradients_seen:
+            self._gradients_seen = check_gradients(pl_module, optimizer)
+
+    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         record = require_injection(pl_module)
         if trainer.current_epoch == 0 and trainer.global_step and not self._sharding.is_sharded:
@@ -280,7 +295,7 @@ class LoRACallback(Callback):
         if not self._fitted or injection_of(pl_module) is None:
             return
         if stage == "fit" and self.merge_from == "best":
-            self._load_best(trainer, pl_module)
+            load_best(trainer, pl_module, self._sharding)
         if self.merge_on_fit_end and not require_injection(pl_module).merged:
             self.merge_report = self._sharding.merge(pl_module)
             shown = self.verbose and stage == "fit" and trainer.is_global_zero
@@ -364,27 +379,6 @@ class LoRACallback(Callback):
         """
         seed = os.environ.get("PL_GLOBAL_SEED")
         return strategy.broadcast(int(torch.randint(2**62, (1,))) if seed is None else int(seed))
-
-    def _load_best(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        path = check_best_checkpoint(trainer).best_model_path
-        if not path and (getattr(trainer, "fast_dev_run", False) or not trainer.global_step):
-            rank_zero_warn(
-                "merge_from='best': this fit was none that saves a best checkpoint (fast_dev_run, "
-                "or no step), so the weights as they are were merged."
-            )
-            return
-        if not path:
-            raise ConfigError(
-                "merge_from='best': ModelCheckpoint has saved no best checkpoint in this fit, so "
-                "nothing was merged. Let validation run at least once, or use merge_from='last'."
-            )
-        # By the strategy's own way of reading: the file may lie on remote storage.
-        load = partial(trainer.strategy.checkpoint_io.load_checkpoint, weights_only=True)
-        with explain_unreadable(path):
-            checkpoint = self._sharding.read(load, path)
-        # What the module keeps beside its weights, such as a threshold, belongs to them.
-        pl_module.on_load_checkpoint(checkpoint)
-        self._sharding.load_state(pl_module, checkpoint["state_dict"], path)
 
     def _attach(self, strategy: Strategy) -> None:
         attached, attachment = strategy.__dict__.get("_lightning_lora", (None, None))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -18,14 +17,23 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError
-from lightning_lora.layers import LoRAFactors
+from lightning_lora.layers import LoRAFactors, Masters
 from lightning_lora.names import listed, modules_by_name
 from lightning_lora.plan import Plan
 from lightning_lora.sharded import is_sharded
 from lightning_lora.trained import saved_modules
+
+_NO_GRADIENT = (
+    "Look whether the model runs the adapted layers under torch.no_grad (a frozen backbone), "
+    "detaches what they compute, or never calls them; and whether it computes them again in "
+    "backward (reentrant activation checkpointing, reversible layers), which needs an input that "
+    "requires gradients: gradient_checkpointing_enable({'use_reentrant': False}), or "
+    "enable_input_require_grads() of a Hugging Face model."
+)
 
 
 def check_strategy(trainer: Trainer) -> None:
@@ -134,6 +142,45 @@ def check_training(model: LightningModule, plan: Plan) -> None:
         )
 
 
+def check_loss(loss: Tensor) -> None:
+    """A loss that depends on nothing that trains has no backward pass.
+
+    Raises:
+        ConfigError: It does not require a gradient.
+    """
+    if not loss.requires_grad:
+        raise ConfigError(
+            "The loss does not depend on anything that trains: neither the factors nor another "
+            f"trained parameter had a part in it. {_NO_GRADIENT}"
+        )
+
+
+def check_gradients(model: LightningModule, optimizer: Any) -> bool:
+    """Say so where a step is about to be made and no factor has a gradient.
+
+    Args:
+        model: An adapted module, after a backward pass.
+        optimizer: The optimizer that is about to make a step.
+
+    Returns:
+        Whether the optimizer has factors, so that this has been looked at.
+    """
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    factors = [
+        parameter
+        for module in model.modules()
+        if isinstance(module, Masters)
+        for parameter in module.parameters(recurse=False)
+        if parameter.requires_grad and id(parameter) in owned
+    ]
+    if factors and all(parameter.grad is None for parameter in factors):
+        rank_zero_warn(
+            f"None of the {len(factors)} factors has a gradient at the optimizer's first step, so "
+            f"the adapted layers learn nothing. {_NO_GRADIENT}"
+        )
+    return bool(factors)
+
+
 def check_frozen_dtype(trainer: Trainer, dtype: torch.dtype | None) -> None:
     """Half-precision weights need autocast, or activations in half precision, around them.
 
@@ -185,51 +232,3 @@ def _check_whole(optimizer: torch.optim.Optimizer) -> None:
             "(its kernels take plain tensors alone). Use torch.optim.AdamW: the state of sharded "
             "factors is small, and is sharded too."
         )
-
-
-def check_best_checkpoint(trainer: Trainer) -> ModelCheckpoint:
-    """The `ModelCheckpoint` that decides what is best: the first that monitors a metric.
-
-    Raises:
-        ConfigError: There is none, or it keeps no checkpoint.
-    """
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
-            if callback.save_top_k == 0:
-                raise ConfigError(
-                    f"merge_from='best': the ModelCheckpoint that monitors {callback.monitor!r} "
-                    "has save_top_k=0 and keeps no checkpoint. Set save_top_k=1, or use "
-                    "merge_from='last'."
-                )
-            return callback
-    raise ConfigError(
-        "merge_from='best' needs a ModelCheckpoint that monitors a metric, for instance "
-        "ModelCheckpoint(monitor='val/loss', mode='min'). Add one, or use merge_from='last'."
-    )
-
-
-def check_hyperparameters(model: LightningModule) -> None:
-    """What a checkpoint of this fit holds must be readable, for the best one is read in the end.
-
-    Raises:
-        ConfigError: Hyperparameters that are more than tensors and primitives.
-    """
-    found = {name: value for name, value in model.hparams.items() if not _is_readable(value)}
-    if found:
-        kinds = ", ".join(f"{name} ({type(value).__name__})" for name, value in found.items())
-        raise ConfigError(
-            f"merge_from='best' reads a checkpoint of this fit, and its hyperparameters hold what "
-            f"is not loaded from files: {kinds}. Leave them out with "
-            f"self.save_hyperparameters(ignore={sorted(found)}), or save them as text."
-        )
-
-
-def _is_readable(value: Any) -> bool:
-    file = io.BytesIO()
-    try:
-        torch.save(value, file)
-        file.seek(0)
-        torch.load(file, weights_only=True)
-    except Exception:  # pickling and unpickling raise errors of many kinds
-        return False
-    return True

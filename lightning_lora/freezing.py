@@ -141,8 +141,16 @@ def _leave_evaluation(module: nn.Module, args: Any, output: Any) -> None:
     module.training = module._lightning_lora_mode  # type: ignore[assignment]
 
 
-def remove_hook(module: nn.Module, hook: Any) -> None:
-    """Take a forward hook away, found by the function itself, so that no handle has to be kept."""
+def remove_hook(module: nn.Module, hook: Any) -> bool:
+    """Take a forward hook away, found by the function itself, so that no handle has to be kept.
+
+    Returns:
+        Whether the module had it.
+    """
+    found = False
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key in [key for key, value in hooks.items() if value is hook]:
             del hooks[key]
+            module._forward_hooks_with_kwargs.pop(key, None)
+            found = True
+    return found

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, TargetError
+from lightning_lora.fast_paths import leave_fast_paths
 from lightning_lora.freezing import freeze
 from lightning_lora.initialization import check_kinds
 from lightning_lora.initialization import initialize as initialize_factors
@@ -54,8 +55,6 @@ class Injection:
         plan: The plan that was carried out.
         requires_grad: Names of the base parameters that required gradients before.
         buffers: Copies of the persistent buffers as they were, by name.
-        nested_tensors: Names of the `torch.nn.TransformerEncoder` modules whose nested-tensor path
-            was on.
         base_weights: While merged, each adapted parameter and its exact base value, by the
             parameter's name; else empty.
         merged: Whether the factors are merged into the weights.
@@ -77,7 +76,6 @@ class Injection:
     plan: Plan
     requires_grad: frozenset[str]
     buffers: dict[str, Tensor]
-    nested_tensors: tuple[str, ...] = ()
     base_weights: dict[str, tuple[nn.Parameter, Tensor]] = field(default_factory=dict)
     merged: bool = False
     merged_into: str = "dequantized"
@@ -191,7 +189,7 @@ def inject_lora(
             shard_alike(module.lora, weight)
     join_targets(modules, plan)
     add_tokens(modules, plan.tokens)
-    record.nested_tensors = leave_fast_paths(model)
+    leave_fast_paths(model)
     record.repacked = repacked
     setattr(unwrap(model), ATTRIBUTE, record)
     freeze(model, plan)
@@ -303,29 +301,6 @@ def _refuse_tensor_parallel(modules: dict[str, nn.Module], plan: Plan) -> None:
                 "gradients would be wrong. Shard the model by fully_shard alone, for instance "
                 "with FSDP2Strategy."
             )
-
-
-def leave_fast_paths(model: nn.Module) -> tuple[str, ...]:
-    """Keep PyTorch's encoder layers from computing around the adapted layers in evaluation.
-
-    Their fast path reads weights instead of calling layers; a hook anywhere below it turns it off.
-    """
-    nested = []
-    for name, module in modules_by_name(model).items():
-        if not isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
-            continue
-        if not any(isinstance(child, LoRALayer) for child in module.modules()):
-            continue
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.register_forward_pre_hook(no_fast_path)
-        elif module.use_nested_tensor:
-            module.use_nested_tensor = False
-            nested.append(name)
-    return tuple(nested)
-
-
-def no_fast_path(module: nn.Module, args: Any) -> None:
-    """Does nothing: its presence is what counts."""
 
 
 def _differences(old: LoRAConfig, new: LoRAConfig) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError
+from lightning_lora.fast_paths import leave_fast_paths, return_to_fast_paths
 from lightning_lora.injection import Injection, require_injection, restore_class, swap_class
 from lightning_lora.layers import LoRALayer
 from lightning_lora.metadata import checkpoint_metadata
@@ -86,6 +87,7 @@ def _merge(model: nn.Module, record: Injection, base: str, read: Any) -> MergeRe
                 module._parameters[leaf] = modules[target.tied_to]._parameters[leaf]
         unwrap(module.lora).hidden = True  # type: ignore[assignment, arg-type]
         restore_class(module)
+    return_to_fast_paths(model)
     record.merged, record.merged_into = True, base
     return merge_quantized(model, record, base, read)
 
@@ -122,6 +124,7 @@ def unmerge_lora(model: nn.Module) -> None:
         unwrap(module.lora).hidden = False  # type: ignore[assignment, arg-type]
         swap_class(module)
     unmerge_tokens(model, record.plan.tokens, record.base_weights)
+    leave_fast_paths(model)
     record.base_weights.clear()
     record.merged = False
 

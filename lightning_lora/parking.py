@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError
+from lightning_lora.fast_paths import leave_fast_paths
 from lightning_lora.freezing import freeze
 from lightning_lora.initialization import put_anew
 from lightning_lora.injection import (
     ATTRIBUTE,
     Injection,
     join_targets,
-    leave_fast_paths,
     require_injection,
     swap_class,
 )
@@ -159,7 +159,7 @@ def attach(
         swap_class(module)
     add_tokens(modules, record.plan.tokens, rows)
     join_targets(modules, record.plan)
-    record.nested_tensors = leave_fast_paths(model)
+    leave_fast_paths(model)
     setattr(unwrap(model), ATTRIBUTE, record)
     freeze(model, record.plan)
 

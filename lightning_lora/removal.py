@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from lightning_lora.freezing import release, remove_hook
+from lightning_lora.fast_paths import return_to_fast_paths
+from lightning_lora.freezing import release
 from lightning_lora.initialization import put_back
-from lightning_lora.injection import ATTRIBUTE, no_fast_path, require_injection, restore_class
+from lightning_lora.injection import ATTRIBUTE, require_injection, restore_class
 from lightning_lora.layers.siblings import part_siblings
 from lightning_lora.merging import unmerge_lora
 from lightning_lora.names import modules_by_name, unwrap
@@ -35,11 +36,7 @@ def remove_lora(model: nn.Module) -> None:
         del module.lora
         part_siblings(module)
     remove_tokens(modules, record.plan.tokens)
-    for module in modules.values():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            remove_hook(module, no_fast_path)
-    for name in record.nested_tensors:
-        modules[name].use_nested_tensor = True  # type: ignore[assignment]
+    return_to_fast_paths(model)
     allow_repacking(model, record.repacked)
     release(model, record.requires_grad)
     delattr(unwrap(model), ATTRIBUTE)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BackboneFinetuning, Callback, ModelCheckpoint
+from torch import Tensor
 
 from lightning_lora import LoRACallback
 from lightning_lora.errors import CheckpointError, ConfigError
@@ -209,3 +210,47 @@ def test_double_precision_is_kept(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, make_lora(merge_on_fit_end=False), precision="64-true")
     trainer.validate(again, ckpt_path=tmp_path / "last.ckpt")
     assert torch.equal(again.net[0].lora.B, state["net.0.lora.B"])  # type: ignore[index, union-attr]
+
+
+class FrozenBackbone(PlainClassifier):
+    """Runs all but the last layer under no_grad, as frozen backbones are run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.net[:-1](x)
+        out: Tensor = self.net[-1](x)
+        return out
+
+
+def test_a_loss_without_a_gradient_is_explained(tmp_path: Path) -> None:
+    lora = make_lora(exclude_modules=["net.4"])
+    with pytest.raises(ConfigError, match=r"does not depend on anything that trains.*no_grad"):
+        make_trainer(tmp_path, lora).fit(FrozenBackbone())
+
+
+def test_factors_without_a_gradient_are_warned_of(tmp_path: Path) -> None:
+    lora = make_lora(exclude_modules=["net.4"], modules_to_save=["net.4"])
+    with pytest.warns(UserWarning, match="None of the 4 factors has a gradient.*no_grad"):
+        make_trainer(tmp_path, lora, max_epochs=1).fit(FrozenBackbone())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*has a gradient")
+        make_trainer(tmp_path, make_lora(), max_epochs=1).fit(FrozenBackbone())
+
+
+def test_factors_that_a_second_optimizer_has(tmp_path: Path) -> None:
+    class TwoOptimizers(FrozenBackbone):
+        automatic_optimization = False
+
+        def configure_optimizers(self) -> Any:
+            factors = [p for n, p in self.named_parameters() if ".lora." in n]
+            return torch.optim.SGD(self.net[-1].parameters(), 0.1), torch.optim.SGD(factors, 0.1)
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.manual_backward(super().training_step(batch, batch_idx))
+            for optimizer in self.optimizers():  # type: ignore[union-attr]
+                optimizer.step()
+                optimizer.zero_grad()
+
+    lora = make_lora(exclude_modules=["net.4"], modules_to_save=["net.4"])
+    with pytest.warns(UserWarning, match="None of the 4 factors"):
+        make_trainer(tmp_path, lora, max_epochs=1).fit(TwoOptimizers())

@@ -166,36 +166,6 @@ def test_factors_follow_the_device_mode_and_dtype_of_their_layer() -> None:
     assert all(p.is_meta for p in empty.parameters())
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_the_fast_path_of_the_encoder_does_not_bypass_the_factors(padded: bool) -> None:
-    torch.manual_seed(0)
-    model = AttentionNet().eval()
-    x, padding = torch.randn(2, 5, 8), None
-    if padded:
-        padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
-    kept = ~padding if padding is not None else torch.ones(2, 5, dtype=torch.bool)
-    with torch.no_grad():
-        base = model(x, padding)
-    inject_lora(model, **SETTINGS, exclude_modules=["head"])
-    shake(model)
-    with torch.no_grad():
-        evaluated = model.eval()(x, padding)
-        # Dropout is zero everywhere, so training mode computes the same function by the slow path.
-        trained = model.train()(x, padding)
-    torch.testing.assert_close(evaluated[kept], trained[kept])
-    assert not torch.allclose(evaluated[kept], base[kept], atol=1e-3)
-    remove_lora(model)
-    with torch.no_grad():
-        torch.testing.assert_close(model.eval()(x, padding)[kept], base[kept])
-
-
-def test_an_encoder_without_adapted_layers_keeps_its_fast_path() -> None:
-    model = AttentionNet()
-    inject_lora(model, **SETTINGS, target_modules=["head"])
-    assert model.encoder.use_nested_tensor
-    assert not any(module._forward_pre_hooks for module in model.modules())
-
-
 def test_tied_layers_share_their_factors() -> None:
     model = TiedLinears()
     inject_lora(model, **SETTINGS)

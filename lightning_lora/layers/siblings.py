@@ -209,4 +209,7 @@ def _versions(layer: Any) -> tuple[Any, ...]:
 
 
 def _circumstances(x: Tensor) -> tuple[Any, ...]:
-    return x._version, compute_dtype(x), torch.is_grad_enabled()
+    # A backward pass that computes a checkpointed part again must not find what the forward pass
+    # has left, for then it would save other tensors.
+    task = torch._C._current_graph_task_id()
+    return x._version, compute_dtype(x), torch.is_grad_enabled(), task

@@ -261,6 +261,31 @@ def test_under_activation_checkpointing(reentrant: bool) -> None:
     assert not any(block.q.siblings.ready for block in model.blocks)  # type: ignore
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_layers_that_are_called_in_another_order(reentrant: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({name: nn.Linear(12, 12) for name in "abc"})
+    inject_lora(model, r=2, alpha=6, seed=1, target_modules=["a", "b", "c"])
+    shake(model)
+
+    def forward(order: str, x: Tensor) -> Tensor:
+        return sum(torch.tanh(model[name](x)) * (ord(name) - 95) for name in order)  # type: ignore[misc]
+
+    for order in ("abc", "abc", "cab", "bca", "cb", "ab", "abc"):
+        found: list[dict[str, Any]] = []
+        for checkpointed in (True, False):
+            model.zero_grad()
+            x = inputs().requires_grad_()
+            if checkpointed:
+                out = checkpoint(forward, order, x, use_reentrant=reentrant)
+            else:
+                out = forward(order, x)
+            out.sum().backward()
+            found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+            found[-1]["x"] = x.grad
+        assert_same(*found)
+
+
 def test_dropout_draws_a_mask_for_each_layer(joined: list[int]) -> None:
     model = adapted(dropout=0.3)
     x = inputs()

@@ -1,7 +1,8 @@
 """Layers whose weights another module reads instead of calling them.
 
 Factors on such a layer would have no effect in training, and a merge would give them one. What does
-so is found by the name of its class: models of transformers 5, and copies of them.
+so is found by the name of its class, in transformers 5, torchvision, torchaudio and timm, and in
+copies of theirs.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ _READERS = tuple(
     for classes, children in (
         # torch.nn.functional.multi_head_attention_forward
         (r"WavLMAttention", "q_proj k_proj v_proj out_proj"),
+        (r"WavLMSelfAttention", "attention"),
+        (r"ShiftedWindowAttention(V2|3d)?", "qkv proj"),
         # Scans of state spaces, and the kernels that run what is around them too.
         (r"(Falcon)?MambaMixer", "conv1d x_proj dt_proj out_proj"),
         (r"JambaMambaMixer", "conv1d dt_proj"),
@@ -31,9 +34,10 @@ _READERS = tuple(
         (r"\w*MHAttentionMap", "k_proj k_linear"),
         (r"TDNNLayer", "kernel"),
         # Tables and routers that are linear layers by name alone.
-        (r"LayoutLMv[23]Encoder", "rel_pos_bias rel_pos_x_bias rel_pos_y_bias"),
+        (r"(LayoutLMv[23]|PPDocLayoutV2\w*)Encoder", "rel_pos_bias rel_pos_x_bias rel_pos_y_bias"),
         (r"LongcatFlashTopkRouter", "classifier"),
         (r"Gemma3nTextAltUp", "correction_coefs"),
+        (r"NeoMME\w*", "unembedding_projection"),
         (r"LSHSelfAttention", "query_key value"),
     )
 )
@@ -46,6 +50,12 @@ def reads_weight(parent: nn.Module, child: str) -> bool:
     >>> reads_weight(MambaMixer(), "dt_proj"), reads_weight(MambaMixer(), "in_proj")
     (True, False)
     """
+    # timm's attention with biases for queries and values alone.
+    if child == "qkv" and getattr(parent, "q_bias", None) is not None:
+        return getattr(parent, "qkv_bias_separate", True) is False
+    # A replay of how Megatron splits its products.
+    if getattr(parent, "slow_but_exact", False) and getattr(parent, "pretraining_tp", 1) > 1:
+        return child in ("dense", "dense_4h_to_h")
     names = [kind.__name__ for kind in type(parent).__mro__]
     return any(
         child in children and any(classes.fullmatch(name) for name in names)

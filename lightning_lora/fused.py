@@ -6,84 +6,15 @@ known by name, or registered, are sliced.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
 from lightning_lora.errors import TargetError
+from lightning_lora.layouts import LayoutOf, known_layout, thirds
 from lightning_lora.matching import is_fused
 from lightning_lora.slices import Slices
 
-# Groups, and the rows of each part in one group, in the order of the weight.
-Layout: TypeAlias = tuple[int, Mapping[str, int]]
-LayoutOf: TypeAlias = Callable[[Any, int], Layout]
-
-
-def thirds(attention: nn.Module, rows: int) -> Layout:
-    """All rows of W_q, then of W_k, then of W_v, as many of each."""
-    return 1, {"q": rows // 3, "k": rows // 3, "v": rows // 3}
-
-
-def _by_head(heads: str, attention: nn.Module, rows: int) -> Layout:
-    """For each head its rows of W_q, W_k and W_v."""
-    groups = int(getattr(attention, heads))
-    return groups, dict.fromkeys("qkv", rows // (3 * groups))
-
-
-def _gpt2(attention: nn.Module, rows: int) -> Layout:
-    if attention.is_cross_attention:
-        return 1, {"k": rows // 2, "v": rows // 2}
-    return thirds(attention, rows)
-
-
-def _gpt_bigcode(attention: Any, rows: int) -> Layout:
-    if attention.is_cross_attention:
-        return 1, {"k": rows // 2, "v": rows // 2}
-    if attention.multi_query:
-        query, shared = attention.embed_dim, attention.kv_dim
-        return 1, {"q": query, "k": shared, "v": shared}
-    return _by_head("num_heads", attention, rows)
-
-
-def _gpt_neox(attention: Any, rows: int) -> Layout:
-    return rows // (3 * attention.head_size), dict.fromkeys("qkv", attention.head_size)
-
-
-def _falcon(attention: Any, rows: int) -> Layout:
-    size = attention.head_dim
-    if attention.new_decoder_architecture:
-        groups = attention.num_kv_heads
-        return groups, {"q": attention.num_heads // groups * size, "k": size, "v": size}
-    if attention.multi_query:
-        return 1, {"q": attention.num_heads * size, "k": size, "v": size}
-    return _by_head("num_heads", attention, rows)
-
-
-def _phi3(attention: Any, rows: int) -> Layout:
-    shared = attention.num_key_value_heads * attention.head_dim
-    return 1, {"q": rows - 2 * shared, "k": shared, "v": shared}
-
-
-def _codegen(attention: Any, rows: int) -> Layout:
-    part = rows // 3 // attention.mp_num
-    return attention.mp_num, {"q": part, "v": part, "k": part}
-
-
-# Attention classes of transformers.
-_LAYOUTS: dict[str, LayoutOf] = {
-    "BloomAttention": lambda attention, rows: _by_head("num_heads", attention, rows),
-    "CodeGenAttention": _codegen,
-    "DecisionTransformerGPT2Attention": _gpt2,
-    "FalconAttention": _falcon,
-    "GPT2Attention": _gpt2,
-    "GPTBigCodeAttention": _gpt_bigcode,
-    "GPTNeoXAttention": _gpt_neox,
-    "ModernBertAttention": thirds,
-    "MptAttention": thirds,
-    "PersimmonAttention": lambda attention, rows: _by_head("num_heads", attention, rows),
-    "Phi3Attention": _phi3,
-}
 _REGISTERED: dict[type[nn.Module], LayoutOf] = {}
 
 
@@ -131,9 +62,10 @@ def query_and_value(name: str, rows: int, modules: Mapping[str, nn.Module]) -> S
     kind = type(attention).__name__
     if layout_of is None:
         raise TargetError(
-            f"target_modules='qv': {name!r} holds the query, key and value projections in one "
-            f"weight, and where in it is not known for {kind}. Say so with register_fused({kind}), "
-            "or adapt the whole of it with target_modules='attention' or by name."
+            f"target_modules='qv': {name!r} holds several of the query, key and value projections "
+            f"in one weight, and where in it is not known for {kind}. Say so with "
+            f"register_fused({kind}), adapt the whole of it with target_modules='attention' or by "
+            "name, or leave it out with exclude_modules."
         )
     groups, parts = layout_of(attention, rows)
     slices = Slices(tuple(parts.items()), tuple(part for part in parts if part in "qv"), groups)
@@ -149,6 +81,6 @@ def _layout_of(attention: type[nn.Module]) -> LayoutOf | None:
     for ancestor in attention.__mro__:
         if ancestor in _REGISTERED:
             return _REGISTERED[ancestor]
-        if ancestor.__module__.startswith("transformers.") and ancestor.__name__ in _LAYOUTS:
-            return _LAYOUTS[ancestor.__name__]
+        if (known := known_layout(ancestor)) is not None:
+            return known
     return None

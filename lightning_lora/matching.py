@@ -10,26 +10,13 @@ from typing import TypeVar
 N = TypeVar("N", int, float)
 
 # Last components of the names of W_q and W_v in the architectures whose projections stand apart.
-QUERY_VALUE_NAMES = frozenset(
-    (
-        "query",
-        "value",
-        "q_proj",
-        "v_proj",
-        "q_lin",
-        "v_lin",
-        "query_proj",
-        "value_proj",
-        "q",
-        "v",
-        "wq",
-        "wv",
-        "q_attn",
-    )
+_QUERY_OR_VALUE = re.compile(
+    r"(query|value)(_proj|_global)?|[qv](_proj|_lin|_head)?|w[qv]|q_attn|linear_[qv]|to_[qv]"
+    r"|add_[qv]_proj|project_[qv]|(layout|projection)_(query|value)"
 )
-# Last components of projections that hold W_q, W_k and W_v (or W_q and W_kv) in one weight.
-FUSED_NAMES = frozenset(
-    ("c_attn", "qkv", "qkv_proj", "query_key_value", "Wqkv", "in_proj", "to_qkv")
+# Last components of projections that hold W_q, W_k and W_v, or two of them, in one weight.
+_FUSED = re.compile(
+    r"c_attn|qkv(_proj|_linear)?|query_key_value|Wq?kv|in_proj|to_q?kv|kv_proj|linear_kv"
 )
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
@@ -88,14 +75,16 @@ def in_attention(name: str) -> bool:
 
 def is_query_or_value(name: str) -> bool:
     """Whether the name is one under which an architecture keeps W_q or W_v apart."""
-    return name.rsplit(".", 1)[-1] in QUERY_VALUE_NAMES
+    return _QUERY_OR_VALUE.fullmatch(name.rsplit(".", 1)[-1]) is not None
 
 
 def is_fused(name: str) -> bool:
-    """Whether the name is one under which an architecture keeps W_q, W_k and W_v in one weight."""
+    """Whether the name is one under which an architecture keeps several of W_q, W_k and W_v in one
+    weight.
+    """
     leaf = name.rsplit(".", 1)[-1]
     # State-space layers have an in_proj too.
-    return leaf in FUSED_NAMES and (leaf != "in_proj" or in_attention(name))
+    return _FUSED.fullmatch(leaf) is not None and (leaf != "in_proj" or in_attention(name))
 
 
 def suggest(pattern: str, names: Iterable[str], limit: int = 5) -> str:

@@ -5,19 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_lora.blocks import in_blocks
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import PRESETS, LoRAConfig
 from lightning_lora.errors import TargetError
-from lightning_lora.heads import output_heads
-from lightning_lora.layers import adapted_class, supported_layers
-from lightning_lora.matching import (
-    in_attention,
-    inside,
-    is_query_or_value,
-    pattern_matches,
-    suffix_matches,
-    suggest,
-)
-from lightning_lora.obstacles import attention_around, holds_experts
+from lightning_lora.matching import inside, pattern_matches, suffix_matches, suggest
+from lightning_lora.obstacles import attention_around
+from lightning_lora.presets import preset_layers, refuse_latent
 from lightning_lora.slices import Slices
 
 
@@ -48,39 +40,12 @@ def select_layers(
     matches: list[tuple[str, str, int]] = []
     skipped: list[tuple[str, str]] = []
     wanted = config.target_modules
-    if wanted in ("all-linear", "qv", "attention"):
-        heads = output_heads(modules)
-        asked = [
-            name
-            for name, module in modules.items()
-            if _in_preset(str(wanted), name, module, slices)
-            and not inside(name, heads)
-            and _is_linear(module)
-        ]
-        chosen = [name for name in asked if obstacles[name] is None]
-        skipped += [(name, str(obstacles[name])) for name in asked if obstacles[name] is not None]
-        if wanted == "all-linear":
-            reasons = {
-                True: "the weights of experts, which are adapted by name alone",
-                False: "the weights of experts of a kind that cannot be adapted",
-            }
-            skipped += [
-                (name, reasons[obstacles[name] is None])
-                for name, module in modules.items()
-                if holds_experts(module)
-            ]
-        if not chosen:
-            hint = suggest("query", adaptable)
-            if skipped:
-                hint = f"{skipped[0][0]!r} cannot be adapted: {skipped[0][1]}."
-            raise TargetError(
-                f"target_modules={wanted!r} matched no layer. {hint} "
-                f"Name the layers to adapt, for instance target_modules=['fc1', 'fc2']. "
-                f"Supported layer types: {', '.join(supported_layers())}."
-            )
-        if wanted == "qv":
-            _refuse_latent(modules, chosen)
-        matches.append(("target_modules", str(wanted), len(chosen)))
+    if wanted in PRESETS:
+        preset = str(wanted)
+        if preset == "qv":
+            refuse_latent(modules, [name for name in modules if is_excluded(name, config)])
+        chosen, skipped = preset_layers(preset, modules, obstacles, slices)
+        matches.append(("target_modules", preset, len(chosen)))
     else:
         chosen = _explicit(modules, config, saved, obstacles, adaptable, matches)
     if config.layers_to_transform is not None:
@@ -110,32 +75,6 @@ def select_layers(
             "exclude_modules, modules_to_save or train_embeddings take away."
         )
     return chosen, matches, skipped
-
-
-def _refuse_latent(modules: dict[str, nn.Module], chosen: list[str]) -> None:
-    """Multi-head latent attention has no W_v of its own to adapt beside W_q."""
-    for name in chosen:
-        attention = name.rpartition(".")[0]
-        latent = f"{attention}.kv_b_proj"
-        if latent in modules:
-            raise TargetError(
-                f"target_modules='qv': {attention!r} keeps W_k and W_v together in {latent!r}, "
-                f"behind a projection to a latent, so that {name!r} would be adapted without a "
-                "W_v. Name the layers: target_modules=['q_proj', 'kv_b_proj'] (or 'q_b_proj')."
-            )
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """Whether the presets count a module among the linear layers, adaptable or not."""
-    adapted = adapted_class(type(module))
-    return isinstance(module, nn.Linear) or (adapted is not None and adapted.is_linear)
-
-
-def _in_preset(preset: str, name: str, module: nn.Module, slices: dict[str, Slices]) -> bool:
-    is_attention = isinstance(module, nn.MultiheadAttention)
-    if preset == "qv":
-        return is_query_or_value(name) or name in slices or is_attention
-    return preset == "all-linear" or in_attention(name) or is_attention
 
 
 def _explicit(

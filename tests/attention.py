@@ -37,7 +37,7 @@ def influence(model: nn.Module, layer: str, tokens: Tensor) -> Tensor:
         return seen["in"]
 
     def attended(module: nn.Module, args: Any, out: Any) -> None:
-        seen.setdefault("out", out[0] if isinstance(out, tuple) else out)
+        seen.setdefault("out", out[0] if isinstance(out, (tuple, list)) else out)
 
     modules = model.get_submodule(layer), model.get_submodule(layer.rpartition(".")[0])
     hooks = [

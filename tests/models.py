@@ -193,6 +193,16 @@ _SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
         {"new_decoder_architecture": True, "num_attention_heads": 4, "num_kv_heads": 2},
     ),
     "phi3": ("Phi3ForCausalLM", {"num_key_value_heads": 1, "pad_token_id": 0}),
+    "dbrx": (
+        "DbrxForCausalLM",
+        {"d_model": 16, "n_heads": 2, "n_layers": 2, "max_seq_len": 32}
+        | {"attn_config": {"kv_n_heads": 1, "rope_theta": 1e4, "clip_qkv": 800.0}}
+        | {"ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 2, "moe_top_k": 1}},
+    ),
+    "deberta": ("DebertaModel", {"relative_attention": True, "pos_att_type": "c2p|p2c"}),
+    "gpt_neox_japanese": ("GPTNeoXJapaneseForCausalLM", {}),
+    "openai": ("OpenAIGPTLMHeadModel", _GPT2),
+    "imagegpt": ("ImageGPTForCausalImageModeling", _GPT2),
     "modernbert": (
         "ModernBertForSequenceClassification",
         {"pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1}

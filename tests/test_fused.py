@@ -42,6 +42,10 @@ FUSED = [
     "falcon, groups",
     "phi3",
     "modernbert",
+    "dbrx",
+    "gpt_neox_japanese",
+    "openai",
+    "imagegpt",
 ]
 TOKENS = torch.arange(3, 21).reshape(2, 9)
 
@@ -52,7 +56,7 @@ def output(model: nn.Module, tokens: Tensor = TOKENS) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize("architecture", FUSED)
+@pytest.mark.parametrize("architecture", [*FUSED, "deberta"])
 def test_the_rows_are_those_of_the_queries_and_the_values(architecture: str) -> None:
     model = distinct(hugging_face(architecture))
     plan = inject_lora(copy.deepcopy(model), r=2, alpha=6, target_modules="qv")

@@ -106,7 +106,8 @@ def _write(
     if few:
         raise ConfigError(
             f"init='eva': the inputs of {listed(few, limit=3)} span fewer directions than the "
-            "rank. Give more batches (init_batches), or a lower rank."
+            "rank. Give more batches (init_batches) or a lower rank (rank_pattern), or leave them "
+            "out with exclude_modules."
         )
     if unseen:
         warnings.warn(

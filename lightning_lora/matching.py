@@ -16,7 +16,7 @@ _QUERY_OR_VALUE = re.compile(
 )
 # Last components of projections that hold W_q, W_k and W_v, or two of them, in one weight.
 _FUSED = re.compile(
-    r"c_attn|qkv(_proj|_linear)?|query_key_value|Wq?kv|in_proj|to_q?kv|kv_proj|linear_kv"
+    r"c_attn|qkv(_proj|_linear)?|query_key_value|Wq?kv|in_proj|to_q?kv|kv(_proj)?|linear_kv"
 )
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 

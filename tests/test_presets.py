@@ -47,7 +47,7 @@ def test_queries_and_values_by_their_names(names: tuple[str, ...]) -> None:
     assert not plan.skipped
 
 
-@pytest.mark.parametrize("name", ["to_kv", "kv_proj", "linear_kv", "Wkv", "qkv_linear"])
+@pytest.mark.parametrize("name", ["to_kv", "kv", "kv_proj", "linear_kv", "Wkv", "qkv_linear"])
 def test_keys_and_values_together_are_not_passed_over(name: str) -> None:
     with pytest.raises(TargetError, match=f"{name}' holds several .* for Attention.*leave it out"):
         plan_of(Attention("to_q", name), "qv")

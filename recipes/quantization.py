@@ -6,7 +6,8 @@ from the Trainer's precision, so that one word is enough.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,11 @@ from lightning_lora.callback import LoRACallback
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError
 from lightning_lora.heads import output_heads
+from lightning_lora.matching import suggest
 from lightning_lora.names import modules_by_name
 from lightning_lora.recipes.files import nearest
 from lightning_lora.trained import saved_modules, trained_parameters
+from lightning_lora.validation import is_name_list, is_number
 
 QUANTIZATIONS = ("nf4", "fp4", "int8")
 
@@ -56,27 +59,37 @@ class QuantizationOptions:
             )
         if values and kind is None:
             raise ConfigError("model.quantization_options are set without model.quantization.")
-        for name in values or ():
-            if name not in cls.__dataclass_fields__:
-                known = tuple(cls.__dataclass_fields__)
-                raise ConfigError(
-                    f"model.quantization_options has no {name!r}{nearest(name, known)}; it takes "
-                    f"{', '.join(known)}."
-                )
-        options = cls(**{**(values or {}), "skip_modules": _names(values)})
-        if options.compute_dtype not in (None, "float32", "bfloat16", "float16"):
-            raise ConfigError(
-                f"model.quantization_options.compute_dtype is {options.compute_dtype!r}; give "
-                "float32, bfloat16 or float16."
-            )
-        return options
+        values = dict(values or {})
+        problems = [problem for name, value in values.items() if (problem := _problem(name, value))]
+        if problems:
+            raise ConfigError("; ".join(problems) + ".")
+        return cls(**{**values, "skip_modules": tuple(values.get("skip_modules") or ())})
 
 
-def _names(values: Mapping[str, Any] | None) -> tuple[str, ...]:
-    names = (values or {}).get("skip_modules") or ()
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise ConfigError("model.quantization_options.skip_modules must be a list of names.")
-    return tuple(names)
+_WANTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "double": ("true or false", lambda value: isinstance(value, bool)),
+    "compute_dtype": (
+        "float32, bfloat16 or float16",
+        lambda value: value in (None, "float32", "bfloat16", "float16"),
+    ),
+    "skip_modules": (
+        "a list of names",
+        lambda value: value is None or is_name_list(value, empty=True),
+    ),
+    "threshold": ("a number of at least 0", lambda value: is_number(value) and value >= 0),
+}
+
+
+def _problem(name: str, value: Any) -> str | None:
+    if name not in _WANTED:
+        return (
+            f"model.quantization_options has no {name!r}{nearest(name, _WANTED)}; it takes "
+            f"{', '.join(_WANTED)}"
+        )
+    wanted, accepts = _WANTED[name]
+    if accepts(value):
+        return None
+    return f"model.quantization_options.{name} must be {wanted}, got {value!r}"
 
 
 def precision_dtype(precision: str | None) -> torch.dtype:
@@ -123,7 +136,7 @@ def quantization_config(
         **settings: What decides on the shape of the model: `trust_remote_code`, `num_labels`, ...
 
     Raises:
-        ConfigError: bitsandbytes cannot be imported.
+        ConfigError: bitsandbytes cannot be imported, or there is no module to leave as it is.
     """
     kind, options = quantization.kind, quantization.options
     compute_dtype = quantization.compute_dtype
@@ -141,6 +154,7 @@ def quantization_config(
     with torch.device("meta"):
         skeleton = getattr(transformers, auto_class).from_config(config, trust_remote_code=code)
     modules = modules_by_name(skeleton)
+    _refuse_unknown(options.skip_modules, modules)
     kept = [
         *output_heads(modules),
         *saved_modules(modules, quantization.lora),
@@ -157,6 +171,24 @@ def quantization_config(
         llm_int8_threshold=options.threshold,
         llm_int8_skip_modules=list(dict.fromkeys(kept)) or None,
     )
+
+
+def _refuse_unknown(skip_modules: tuple[str, ...], modules: Mapping[str, torch.nn.Module]) -> None:
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    for wanted in skip_modules:
+        try:
+            missing = all(should_convert_module(name, [wanted]) for name in modules)
+        except re.error as error:
+            raise ConfigError(
+                f"model.quantization_options.skip_modules: {wanted!r} is no regular expression "
+                f"({error})."
+            ) from error
+        if missing:
+            raise ConfigError(
+                f"model.quantization_options.skip_modules: {wanted!r} matches no module. "
+                f"{suggest(wanted, modules)}"
+            )
 
 
 def keep_trained_in_float32(model: torch.nn.Module, lora: LoRAConfig) -> None:

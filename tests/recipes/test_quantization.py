@@ -138,6 +138,17 @@ def test_what_trains_whole_is_left_out_of_the_quantization(
     assert len(names) == 11 and "bert.encoder.layer.1.output.dense" not in names
 
 
+@pytest.mark.parametrize(
+    ("skipped", "message"),
+    [("layer.1.outptu.dense", "matches no module.*output.dense"), ("(", "no regular expression")],
+)
+def test_modules_to_leave_as_they_are_must_be_there(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, skipped: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        fit(tiny_model, tiny_data, tmp_path, quantization_options={"skip_modules": [skipped]})
+
+
 def test_gradient_checkpointing_changes_nothing(
     tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
@@ -204,6 +215,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_with_an_8_bit_optimizer(
         ("nf4", {"duoble": True}, "no 'duoble'.*double"),
         ("nf4", {"compute_dtype": "int8"}, "float32, bfloat16 or float16"),
         ("nf4", {"skip_modules": "head"}, "list of names"),
+        ("nf4", {"double": "no"}, "double must be true or false, got 'no'"),
+        ("int8", {"threshold": "six"}, "threshold must be a number of at least 0, got 'six'"),
+        ("int8", {"threshold": -1, "double": 3}, "threshold must .*; .*double must be true"),
     ],
 )
 def test_settings_that_cannot_be(kind: Any, options: Any, message: str) -> None:

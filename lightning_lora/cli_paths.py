@@ -53,13 +53,24 @@ def find_config(name: str) -> str:
 
     Raises:
         ConfigError: If there is neither, or the name stands for several bundled ones; what comes
-            near is named.
+            near is named. If the file cannot be read as text.
     """
     if Path(name).is_file():
+        try:
+            Path(name).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"{name} is no text in UTF-8: there is something else at byte {error.start}. Save "
+                "it in that encoding."
+            ) from error
+        except OSError as error:
+            raise ConfigError(f"{name} cannot be read: {error.strerror or error}.") from error
         return name
     bundled = find_bundled(name)
     if bundled is not None:
         return str(bundled)
+    if Path(name).is_dir():
+        raise ConfigError(f"{name} is a folder. Give a YAML file in it, or a bundled config.")
     folder = Path(name).parent
     files = [str(p) for p in folder.glob("*.y*ml")] if folder.is_dir() else []
     raise ConfigError(

@@ -168,3 +168,12 @@ def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
         )
         assert "quickstart" in done.stdout
         assert done.stdout.endswith("heavy: []\n")
+
+
+def test_what_is_no_text_is_no_config(tmp_path: Path) -> None:
+    latin = tmp_path / "latin.yaml"
+    latin.write_bytes(b"trainer: null # caf\xe9\n")
+    with pytest.raises(ConfigError, match=r"latin\.yaml is no text in UTF-8: .* byte 19"):
+        find_config(str(latin))
+    with pytest.raises(ConfigError, match=r"is a folder\. Give a YAML file"):
+        find_config(str(tmp_path))

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -22,6 +24,7 @@ from lightning_lora.checkpoints import (
     require_metadata,
     require_training_state,
 )
+from lightning_lora.files import replacing_file
 from lightning_lora.freezing import refuse_unfrozen
 from lightning_lora.injection import require_injection
 from lightning_lora.layers.siblings import join_layers, joined_layers
@@ -72,7 +75,9 @@ class Attachment:
         )
         wrapped.lightning_module_state_dict = self._module_state_dict
         wrapped.optimizer_state = partial(self.sharding.optimizer_state, strategy.optimizer_state)
-        wrapped.save_checkpoint = partial(self._save_checkpoint, strategy.save_checkpoint)
+        wrapped.save_checkpoint = partial(
+            self._save_checkpoint, _writing_beside(strategy.save_checkpoint, strategy)
+        )
 
     @property
     def _model(self) -> LightningModule:
@@ -135,3 +140,29 @@ class Attachment:
             ),
         }
         self.sharding.save(original, checkpoint, path, **kwargs)
+
+
+def _writing_beside(original: Callable[..., None], strategy: Strategy) -> Callable[..., None]:
+    """A strategy's way of writing a checkpoint file, of which nothing half-written is left.
+
+    Lightning writes to the system's folder for temporary files and moves the file from there, which
+    is a copy where that is another disk.
+
+    Args:
+        original: Writes a checkpoint to a path.
+        strategy: The strategy whose method it is.
+
+    Returns:
+        A function that does so and raises `CheckpointError` if the disk is full.
+    """
+    plain = type(strategy.checkpoint_io) is TorchCheckpointIO
+
+    def write(checkpoint: dict[str, Any], path: Any, **options: Any) -> None:
+        target = Path(path)
+        if not (plain and strategy.is_global_zero) or "://" in str(path) or target.is_dir():
+            original(checkpoint, path, **options)
+            return
+        with replacing_file(target) as fresh:
+            original(checkpoint, fresh, **options)
+
+    return write

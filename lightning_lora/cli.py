@@ -16,6 +16,7 @@ from pathlib import Path
 
 from lightning_lora.cli_paths import complete_arguments
 from lightning_lora.errors import LightningLoRAError
+from lightning_lora.files import is_full_disk
 
 TRACEBACK_VARIABLE = "LIGHTNING_LORA_TRACEBACK"
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -127,7 +128,7 @@ def main(args: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except Exception as error:
-        mistake = _mistake_behind(error)
+        mistake = _mistake_behind(error) or _full_disk(error)
         if mistake is None or os.environ.get(TRACEBACK_VARIABLE):
             raise
         print(f"error: {_message_of(mistake)}", file=sys.stderr)
@@ -155,6 +156,15 @@ def _mistake_behind(error: BaseException | None) -> LightningLoRAError | None:
     while error is not None and not isinstance(error, LightningLoRAError):
         error = error.__cause__
     return error
+
+
+def _full_disk(error: BaseException) -> LightningLoRAError | None:
+    """What is said where a logger or another library had no room to write."""
+    if not is_full_disk(error):
+        return None
+    return LightningLoRAError(
+        f"There is no room left: {error}. Make room, or choose another place (--output_dir)."
+    )
 
 
 def _message_of(mistake: LightningLoRAError) -> str:

@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from lightning_lora.errors import CheckpointError, first_line
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether what went wrong in writing somewhere is that there was no room."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # safetensors has an error of its own.
+    return os.strerror(errno.ENOSPC) in str(error) or os.strerror(errno.EDQUOT) in str(error)
+
+
+@contextmanager
+def _explaining_full_disk(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # libraries have errors of their own for it
+        if not is_full_disk(error):
+            raise
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise CheckpointError(
+            f"{target} was not written: there is no room left ({why}). What was "
+            "there before is as it was. Make room and run it again (a fit goes on from its last "
+            "checkpoint), or choose another place."
+        ) from error
 
 
 def nearest_existing(path: Path) -> Path:
@@ -25,20 +51,22 @@ def replacing_directory(target: str | Path) -> Iterator[Path]:
 
     Raises:
         NotADirectoryError: ``target`` is a file.
+        CheckpointError: The disk is full.
     """
     target = Path(target)
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(
             f"{target} is a file; a folder is to be written there. Choose another path."
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield fresh
-        adopt(fresh, target)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
+    with _explaining_full_disk(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            yield fresh
+            adopt(fresh, target)
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
 
 
 @contextmanager
@@ -50,19 +78,21 @@ def replacing_file(target: str | Path) -> Iterator[Path]:
 
     Raises:
         IsADirectoryError: ``target`` is a folder.
+        CheckpointError: The disk is full.
     """
     target = Path(target)
     if target.is_dir():
         raise IsADirectoryError(
             f"{target} is a folder; a file is to be written there. Choose another path."
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        yield fresh
-        fresh.replace(target)
-    finally:
-        fresh.unlink(missing_ok=True)
+    with _explaining_full_disk(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield fresh
+            fresh.replace(target)
+        finally:
+            fresh.unlink(missing_ok=True)
 
 
 def adopt(fresh: Path, target: Path) -> None:

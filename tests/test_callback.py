@@ -485,7 +485,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(
         getbuffer = getvalue  # type: ignore[assignment]
 
     monkeypatch.setattr(cloud_io.io, "BytesIO", FullDisk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(CheckpointError, match="No space left"):
         trainer.save_checkpoint(path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir() if p.suffix != ".ckpt"] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import os
 import shutil
 import signal
@@ -345,6 +346,21 @@ def test_the_variable_shows_the_traceback(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("LIGHTNING_LORA_TRACEBACK", "1")
     with pytest.raises(ConfigError, match="Unknown subcommand"):
         main(["fitt"])
+
+
+def test_a_logger_without_room_is_no_defect(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lightning_lora.recipes import TextClassifier
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.csv")
+
+    monkeypatch.setattr(TextClassifier, "test_step", full)
+    with pytest.raises(SystemExit):
+        main(["test", "--config", "tiny.yaml", "--ckpt_path", "best"])
+    error = capsys.readouterr().err
+    assert "error: There is no room left: [Errno 28]" in error and "metrics.csv" in error
 
 
 def test_defects_keep_their_traceback(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

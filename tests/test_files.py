@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lightning_lora.errors import CheckpointError
 from lightning_lora.files import replacing_directory, replacing_file
 
 
@@ -113,3 +116,27 @@ def test_a_failure_leaves_the_old_file(tmp_path: Path) -> None:
     assert listing(tmp_path) == ["target.txt"]
     with pytest.raises(IsADirectoryError, match="is a folder"), replacing_file(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("replacing", [replacing_file, replacing_directory])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_one_clear_error(tmp_path: Path, replacing: Any, error: Exception) -> None:
+    target = tmp_path / "target"
+    said = r"target was not written: there is no room left"
+    with pytest.raises(CheckpointError, match=said), replacing(target) as fresh:
+        file = fresh / "part" if fresh.is_dir() else fresh
+        file.write_text("half")
+        raise error
+    assert listing(tmp_path) == []
+
+
+def test_other_errors_are_left_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError), replacing_file(tmp_path / "x"):
+        raise PermissionError(errno.EACCES, "no")

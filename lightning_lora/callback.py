@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_lora.adaptation import adapt
 from lightning_lora.attachment import Attachment
 from lightning_lora.averaging import check_weight_averaging
 from lightning_lora.best import check_best_checkpoint, check_hyperparameters, load_best
@@ -30,7 +28,6 @@ from lightning_lora.checks import (
     check_optimizers,
     check_strategy,
     check_training,
-    quantize,
 )
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, SettingsError
@@ -43,9 +40,7 @@ from lightning_lora.injection import (
     injection_of,
     require_injection,
 )
-from lightning_lora.metadata import base_fingerprint, frozen_parameters
 from lightning_lora.plan import Plan
-from lightning_lora.quantization import quantize_pending
 from lightning_lora.quantized_merging import MergeReport, merging_into
 from lightning_lora.resume import ExactResume
 from lightning_lora.starting import starting_state
@@ -343,17 +338,7 @@ class LoRACallback(Callback):
         if injection_of(model) is None:
             assert self._trainer is not None
             strategy = self._trainer.strategy
-            dtype = quantize(model, strategy.precision_plugin, self.config)
-            quantize_pending(model, strategy.root_device)
-            if isinstance(strategy.precision_plugin, DoublePrecision):
-                # Before a checkpoint is loaded: Lightning converts after that.
-                strategy.precision_plugin.convert_module(model)
-            self.plan = inject_lora(model, self.config, seed=self._seed(strategy))
-            record = require_injection(model)
-            record.merge_base, record.merge_dtype = self.merge_base, dtype
-            # Now, while the base is in its own precision and nothing has been trained.
-            if not any(parameter.is_meta for parameter in frozen_parameters(model)):
-                base_fingerprint(model)
+            self.plan = adapt(model, self.config, strategy, self.merge_base)
             self._cast_frozen(model)
             if self.verbose and self._trainer.is_global_zero:
                 import rich
@@ -370,15 +355,6 @@ class LoRACallback(Callback):
     def _cast_frozen(self, model: LightningModule) -> None:
         if self.frozen_dtype is not None:
             cast_frozen(model, self.frozen_dtype)
-
-    def _seed(self, strategy: Strategy) -> int:
-        """The seed of the factors, the same on all ranks.
-
-        That of `lightning.seed_everything` where it was called: the state of the generator at this
-        point depends on the strategy, and the same run should start alike on any number of devices.
-        """
-        seed = os.environ.get("PL_GLOBAL_SEED")
-        return strategy.broadcast(int(torch.randint(2**62, (1,))) if seed is None else int(seed))
 
     def _attach(self, strategy: Strategy) -> None:
         attached, attachment = strategy.__dict__.get("_lightning_lora", (None, None))

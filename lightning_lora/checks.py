@@ -19,13 +19,11 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError
 from lightning_lora.layers import LoRAFactors, Masters
 from lightning_lora.names import listed, modules_by_name
 from lightning_lora.plan import Plan
 from lightning_lora.sharded import is_sharded
-from lightning_lora.trained import saved_modules
 
 _NO_GRADIENT = (
     "Look whether the model runs the adapted layers under torch.no_grad (a frozen backbone), "
@@ -63,28 +61,6 @@ def check_strategy(trainer: Trainer) -> None:
             "BitsandbytesPrecision(mode='int8-training') keeps the weights in 16 bits so that they "
             "can train, and LoRA freezes them. Use mode='int8', or 'nf4'."
         )
-
-
-def quantize(model: LightningModule, plugin: Any, config: LoRAConfig) -> torch.dtype | None:
-    """Let `BitsandbytesPrecision` replace the linear layers now, before they are adapted.
-
-    Lightning has it do so later, and it would replace adapted layers by plain quantized ones. What
-    trains whole is left out.
-
-    Args:
-        model: A module without LoRA.
-        plugin: The strategy's precision plugin, of any kind.
-        config: The settings.
-
-    Returns:
-        The dtype that the plugin casts inputs to, or ``None`` for plugins of other kinds.
-    """
-    if not isinstance(plugin, BitsandbytesPrecision):
-        return None
-    saved = saved_modules(modules_by_name(model), config)
-    plugin.ignore_modules = set(plugin.ignore_modules) | set(saved)
-    plugin.convert_module(model)
-    return plugin.dtype
 
 
 def check_finetuning(trainer: Trainer) -> None:

@@ -59,7 +59,7 @@ def save_adapter(model: nn.Module, directory: str | Path, part: str = "") -> Pat
 
     Raises:
         ConfigError: The model has no LoRA.
-        CheckpointError: The adapter holds what PEFT cannot express.
+        CheckpointError: The adapter holds what PEFT cannot express, or NaN.
     """
     state = adapter_state_dict(model)
     wholes = all_wholes(state)
@@ -86,6 +86,7 @@ def write_adapter(
         files: Further files to put into the folder.
         **facts: What the model card says beside settings and sizes, see `Card`.
     """
+    refuse_non_finite(state)
     prefix = f"{part}." if part else ""
     tensors, config = to_peft_tensors(model, prefix, state), to_peft_config(model, prefix)
     card = Card(
@@ -103,6 +104,23 @@ def write_adapter(
         for file in files:
             shutil.copyfile(file, fresh / file.name)
     return Path(directory)
+
+
+def refuse_non_finite(state: Mapping[str, Tensor]) -> None:
+    """Refuse to hand on an adapter that is none.
+
+    Args:
+        state: Its tensors by name.
+
+    Raises:
+        CheckpointError: One of them holds NaN or infinity.
+    """
+    for name, tensor in state.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"Not written: {name} holds NaN or infinity, so training diverged. Use an earlier "
+                "checkpoint."
+            )
 
 
 def load_adapter(model: nn.Module, path: str | Path, strict_base: bool = True) -> Plan:

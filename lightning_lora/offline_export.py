@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from lightning_lora.errors import CheckpointError
-from lightning_lora.interop import write_adapter
+from lightning_lora.interop import refuse_non_finite, write_adapter
 from lightning_lora.model_card import facts_of_run
 from lightning_lora.peft_format import to_peft_config, to_peft_tensors
 from lightning_lora.skeleton import Skeleton, build_skeleton
@@ -41,11 +41,12 @@ def prepare_export(checkpoint: str | Path, base: str | Path | None = None) -> Ex
 
     Raises:
         CheckpointError: The checkpoint is missing or damaged, is in PEFT's format already, or holds
-            what PEFT cannot express, with the reason.
+            what PEFT cannot express, or NaN, with the reason.
     """
     adapter = read_stored_adapter(checkpoint)
     if adapter.peft:
         raise CheckpointError(f"{checkpoint} is in PEFT format already.")
+    refuse_non_finite(adapter.state)
     folder = None
     if base is not None or (adapter.record is None and "model" not in adapter.base):
         folder = base_folder(adapter, base)

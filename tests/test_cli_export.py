@@ -153,3 +153,17 @@ def test_mistakes_end_with_code_2_and_one_message(
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     heavy, done = imported(tmp_path, ("torch", "lightning", "numpy"), "export", "--help")
     assert heavy == [] and "usage: lightning-lora export" in done.stdout
+
+
+def test_an_adapter_that_diverged_is_not_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    *_, path = fitted(tmp_path, "bert", {})
+    stored = torch.load(path, weights_only=True)
+    name = next(name for name in stored["state_dict"] if name.endswith("lora.B"))
+    stored["state_dict"][name].fill_(float("inf"))
+    torch.save(stored, path)
+    with pytest.raises(SystemExit):
+        main(["export", str(path), str(tmp_path / "out")])
+    assert f"{name} holds NaN or infinity" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

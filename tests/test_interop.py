@@ -282,3 +282,15 @@ def test_saving_replaces_the_folder_as_a_whole(tmp_path: Path) -> None:
         "adapter_model.safetensors",
     ]
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_an_adapter_that_diverged_is_not_handed_on(tmp_path: Path) -> None:
+    model = fresh(mlp)
+    inject_lora(model, target_modules=["0"])
+    save_adapter(model, tmp_path / "adapter")
+    before = (tmp_path / "adapter/adapter_model.safetensors").read_bytes()
+    with torch.no_grad():
+        model[0].lora.B[0, 0] = float("nan")
+    with pytest.raises(CheckpointError, match=r"Not written: 0\.lora\.B holds NaN"):
+        save_adapter(model, tmp_path / "adapter")
+    assert (tmp_path / "adapter/adapter_model.safetensors").read_bytes() == before

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_lora.checkpoints import read_checkpoint
 from lightning_lora.config import LoRAConfig
 from lightning_lora.directories import is_directory
+from lightning_lora.errors import CheckpointError
 from lightning_lora.matching import value_for
 from lightning_lora.metadata import METADATA_KEY
 from lightning_lora.peft_format import from_peft_config, from_peft_tensors
@@ -112,6 +113,7 @@ def read_adapter(path: str | Path) -> Adapter:
     parts = {name: len(slices["adapted"]) for name, slices in sliced.items()}
     state, doubled = without_starts(checkpoint["state_dict"], parts)
     targets |= {name: {**targets[name], "r": 2 * targets[name]["r"]} for name in doubled}
+    _refuse_halves(state, targets, path)
     factors, left_out = _factors(state, targets)
     position: dict[str, int] = {
         key: checkpoint[key] for key in ("epoch", "global_step") if key in checkpoint
@@ -181,6 +183,17 @@ def _from_peft(path: Path) -> Adapter:
     factors, left_out = _factors(state, targets)
     base = {"name_or_path": values.get("base_model_name_or_path") or "unknown"}
     return Adapter(path, "PEFT folder", config, base, {}, state, factors, left_out)
+
+
+def _refuse_halves(state: Mapping[str, Tensor], targets: Iterable[str], path: Path) -> None:
+    for name in targets:
+        missing = [f for f in "AB" if f"{name}.lora.{f}" not in state]
+        # Layers that share their weight with another have neither.
+        if len(missing) == 1:
+            raise CheckpointError(
+                f"{path} is damaged: {name}.lora.{missing[0]} is missing. Use an earlier "
+                "checkpoint."
+            )
 
 
 def _factors(

@@ -46,7 +46,7 @@ def explain_unreadable(path: Any) -> Iterator[None]:
     except Exception as error:  # torch raises many kinds for a file that is no checkpoint
         raise CheckpointError(
             f"{path} could not be read: it is truncated, or not a checkpoint "
-            f"({first_line(error)}). Use an earlier checkpoint."
+            f"({first_line(error).partition('. ')[0].rstrip('.')}). Use an earlier checkpoint."
         ) from error
 
 

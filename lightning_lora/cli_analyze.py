@@ -59,7 +59,7 @@ def run_analyze(arguments: Sequence[str]) -> None:
     from lightning_lora.study import make_study
     from lightning_lora.study_files import as_json, write_study
 
-    base = None if options.base is None else BaseWeights(options.base)
+    base = None if options.base is None else BaseWeights(_folder_of(options.base))
     adapters = {
         label: read_adapter(path) for label, path in zip(labels_of(paths), paths, strict=True)
     }
@@ -80,6 +80,14 @@ def run_analyze(arguments: Sequence[str]) -> None:
     else:
         _print(study)
         print(f"Wrote {len(written)} files to {folder}: {', '.join(p.name for p in written)}")
+
+
+def _folder_of(base: str) -> str:
+    if not base.startswith("bundled:"):
+        return base
+    from lightning_lora.recipes.pretrained import resolve_model
+
+    return resolve_model(base)
 
 
 def _print(study: Study) -> None:

@@ -113,11 +113,17 @@ def loggers(run_dir: Path) -> list[Logger]:
     return found
 
 
-def quieten() -> None:
-    """Leave out messages that tell a user of the command nothing to act on."""
+def quieten(resumes: bool) -> None:
+    """Leave out messages that tell a user of the command nothing to act on.
+
+    Args:
+        resumes: Whether what a checkpoint says of others matters to what comes.
+    """
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(_is_worth_reading)
+    if not resumes:
+        warnings.filterwarnings("ignore", ".*The dirpath has changed from.*")
     for pattern in (
         ".*does not have many workers.*",
         ".*Experiment logs directory .* exists and is not empty.*",

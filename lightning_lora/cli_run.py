@@ -61,7 +61,7 @@ class LoRACLI(LightningCLI):
     """
 
     def __init__(self, arguments: list[str]) -> None:
-        quieten()
+        quieten(resumes=arguments[0] == "fit")
         self._predictions: Path | None = None
         self._evaluated: Path | None = None
         self._made: list[Path] | None = None

@@ -138,4 +138,7 @@ def test_mistakes_are_said_in_one_line(
     (folder / "base/model.safetensors").write_bytes(b"no tensors")
     assert "damaged" in _refused(capsys, "small.ckpt", "--base", "base")
     assert "no adapter folder" in _refused(capsys, "base")
+    assert "did you mean 'bundled:quickstart'" in _refused(
+        capsys, "small.ckpt", "--base", "bundled:quikst"
+    )
     assert not (folder / "analysis").exists()

@@ -152,9 +152,17 @@ def test_mistakes_end_with_code_2_and_one_message(
     path = checkpoint(adapted(target_modules=NAMES), tmp_path / "a.ckpt")
     full = tmp_path / "full.ckpt"
     torch.save({"state_dict": mlp().state_dict()}, full)
+    halved = torch.load(path, weights_only=True)
+    name = next(name for name in halved["state_dict"] if name.endswith("lora.B"))
+    del halved["state_dict"][name]
+    torch.save(halved, tmp_path / "halved.ckpt")
+    cut = tmp_path / "cut.ckpt"
+    cut.write_bytes(path.read_bytes()[:1000])
     for arguments, expected in (
         (["inspect"], "the following arguments are required: CKPT"),
-        (["inspect", str(tmp_path / "b.ckpt")], "holds: a.ckpt, full.ckpt"),
+        (["inspect", str(tmp_path / "b.ckpt")], "holds: a.ckpt, cut.ckpt, full"),
+        (["inspect", str(tmp_path / "halved.ckpt")], f"is damaged: {name} is missing"),
+        (["inspect", str(cut)], "failed finding central directory). Use an earlier checkpoint."),
         (["inspect", str(full)], "full-model checkpoint"),
         (["diff", str(path)], "the following arguments are required: CKPT"),
         (["diff", str(path), str(tmp_path)], "is no adapter folder"),

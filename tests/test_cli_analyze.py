@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+# Its log handler keeps the stderr that it finds, which must not be that of a test.
+import lightning.pytorch  # noqa: F401
 import pytest
 from safetensors.torch import save_file
 

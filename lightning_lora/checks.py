@@ -147,7 +147,8 @@ def check_gradients(model: LightningModule, optimizer: Any) -> bool:
         for module in model.modules()
         if isinstance(module, Masters)
         for parameter in module.parameters(recurse=False)
-        if parameter.requires_grad and id(parameter) in owned
+        # FSDP1 leaves the parts that other ranks hold empty.
+        if parameter.requires_grad and parameter.numel() and id(parameter) in owned
     ]
     if factors and all(parameter.grad is None for parameter in factors):
         rank_zero_warn(

@@ -1,54 +1,39 @@
 """Adapters combined into a new one: PEFT's ``add_weighted_adapter``.
 
-Of adapters with updates ``s_i B_i A_i`` and weights w_i, all but ``"linear"`` are about the sum
-``sum_i w_i s_i B_i A_i``: ``"cat"`` is that sum, with ranks that add up, and ``"svd"`` the best
-approximation of a given rank. ``"linear"`` adds the factors themselves, which is the sum only where
-the factors have much in common: ``A = sum_i sign(w_i) sqrt|w_i s_i| A_i`` and ``B = sum_i sqrt|w_i
-s_i| B_i``.
+Of adapters with updates ``s_i B_i A_i`` and weights w_i, ``"cat"`` is the sum ``sum_i w_i s_i B_i
+A_i``, with ranks that add up, and ``"svd"`` its best approximation of a given rank. ``"linear"``
+adds the factors themselves, which is the sum only where the factors have much in common: ``A =
+sum_i sign(w_i) sqrt|w_i s_i| A_i`` and ``B = sum_i sqrt|w_i s_i| B_i``. The others prune before
+they add (`lightning_lora.task_arithmetic`): the factors, or with ``_svd`` the updates.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_lora.adapter_set import adapter_of, add_adapter, bare
-from lightning_lora.analysis import decompose_product
+from lightning_lora.combined_factors import Combination, Share, combined_factors
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, TargetError
 from lightning_lora.names import listed, modules_by_name
 from lightning_lora.parking import Waiting
 from lightning_lora.plan import Plan, Target
-from lightning_lora.slices import Slices
 from lightning_lora.targeting import make_plan
+from lightning_lora.task_arithmetic import ARITHMETIC, SIGNS
+from lightning_lora.validation import choice_problems, is_number, is_rank
 
-COMBINATIONS = ("linear", "cat", "svd")
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one adapter adds to a layer.
-
-    Attributes:
-        A: Shape ``(r, in)``, or as the layer keeps it.
-        B: Shape ``(out, r)``, likewise.
-        weight: w s.
-    """
-
-    A: Tensor
-    B: Tensor
-    weight: float
-
-    @property
-    def r(self) -> int:
-        """The rank."""
-        return self.B.shape[1]
+COMBINATIONS = (
+    "linear",
+    "cat",
+    "svd",
+    *(f"{kind}{svd}" for kind in ARITHMETIC[1:] for svd in ("", "_svd")),
+)
 
 
 @torch.no_grad()
@@ -59,6 +44,8 @@ def add_weighted_adapter(
     adapter_name: str,
     combination_type: str = "svd",
     svd_rank: int | None = None,
+    density: float | None = None,
+    majority_sign_method: str = "total",
 ) -> Plan:
     """Combine adapters of a model into a new one, which waits for `set_adapter`.
 
@@ -71,9 +58,14 @@ def add_weighted_adapter(
         adapters: Names of those to combine. They may adapt different layers.
         weights: A weight for each, which may be negative.
         adapter_name: What to call the new one.
-        combination_type: ``"linear"`` (needs equal ranks), ``"cat"`` or ``"svd"``.
+        combination_type: ``"cat"``, ``"svd"``, ``"ties_svd"``, ``"dare_linear_svd"``,
+            ``"dare_ties_svd"`` or ``"magnitude_prune_svd"``; or one of ``"linear"``, ``"ties"``,
+            ``"dare_linear"``, ``"dare_ties"`` and ``"magnitude_prune"``, which need equal ranks.
         svd_rank: Rank of the approximation; by default the largest among the adapters' in the
             layer.
+        density: The part of the elements that pruning keeps, above 0 and up to 1.
+        majority_sign_method: How TIES elects signs: ``"total"`` by the sum of the values, or
+            ``"frequency"`` by their number.
 
     Returns:
         The new adapter's plan.
@@ -89,24 +81,19 @@ def add_weighted_adapter(
         >>> add_weighted_adapter(model, ["one", "two"], [0.7, -0.3], "both", "cat").targets[0].r
         4
     """
-    if combination_type not in COMBINATIONS:
-        known = ", ".join(map(repr, COMBINATIONS))
-        raise ConfigError(f"combination_type must be one of {known}, got {combination_type!r}")
+    how = _combination(combination_type, svd_rank, density, majority_sign_method)
     if not adapters or len(adapters) != len(weights):
         raise ConfigError(
             f"Give each adapter a weight: got {len(adapters)} adapters and {len(weights)} weights."
         )
-    if svd_rank is not None and svd_rank < 1:
-        raise ConfigError(f"svd_rank must be at least 1, got {svd_rank}")
     found = {name: adapter_of(model, name) for name in adapters}
     for name, adapter in found.items():
         _check(name, adapter)
     shares, targets = _shares([found[name] for name in adapters], adapters, weights)
-    if combination_type == "linear":
-        _check_ranks(shares)
+    if how.kind != "cat" and not how.svd:
+        _check_ranks(shares, combination_type)
     combined = {
-        name: _combined(targets[name], own, combination_type, svd_rank)
-        for name, own in shares.items()
+        name: combined_factors(own, targets[name].slices, how) for name, own in shares.items()
     }
     # The attention of PyTorch has no place for dropout: what all of the adapters allow.
     dropout = min(adapter.record.config.dropout for adapter in found.values())
@@ -122,6 +109,31 @@ def add_weighted_adapter(
             factors[target.name].A.copy_(A)
             factors[target.name].B.copy_(B)
     return plan
+
+
+def _combination(
+    combination_type: str, svd_rank: int | None, density: float | None, sign: str
+) -> Combination:
+    """What the arguments mean.
+
+    Raises:
+        ConfigError: They mean nothing.
+    """
+    problems = choice_problems("combination_type", combination_type, COMBINATIONS)
+    problems += choice_problems("majority_sign_method", sign, SIGNS)
+    if svd_rank is not None and not is_rank(svd_rank):
+        problems.append(f"svd_rank must be a whole number of at least 1, got {svd_rank!r}")
+    prunes = combination_type not in ("linear", "cat", "svd")
+    if prunes and not (is_number(density) and 0 < density <= 1):  # type: ignore[operator]
+        problems.append(
+            f"density must be a number above 0 and up to 1 for {combination_type!r}, got "
+            f"{density!r}"
+        )
+    if problems:
+        raise ConfigError("; ".join(problems))
+    kind = combination_type.removesuffix("_svd") if combination_type != "svd" else "linear"
+    svd = combination_type.endswith("svd")
+    return Combination(kind, svd, svd_rank, 1.0 if density is None else density, sign)
 
 
 def _config(
@@ -208,7 +220,7 @@ def _shares(
                     "before it. Combine adapters with the same target_modules."
                 )
             factors: Any = adapter.factors[target.name]
-            own = Share(factors.A.detach(), factors.B.detach(), weight * factors.scaling)
+            own = Share(factors.A.detach(), factors.B.detach(), weight, factors.scaling)
             shares.setdefault(target.name, []).append(own)
     return shares, targets
 
@@ -228,69 +240,10 @@ def _check_ties(
             )
 
 
-def _check_ranks(shares: dict[str, list[Share]]) -> None:
+def _check_ranks(shares: dict[str, list[Share]], combination_type: str) -> None:
     unequal = [name for name, own in shares.items() if len({share.r for share in own}) > 1]
     if unequal:
         raise ConfigError(
-            f"combination_type='linear' needs adapters of one rank; they differ in "
-            f"{listed(unequal, limit=3)}. Use 'cat', or 'svd'."
+            f"combination_type={combination_type!r} needs adapters of one rank; they differ in "
+            f"{listed(unequal, limit=3)}. Use 'cat', or one with svd."
         )
-
-
-def _combined(
-    target: Target, shares: list[Share], combination_type: str, svd_rank: int | None
-) -> tuple[Tensor, Tensor]:
-    if combination_type == "linear":
-        roots = [math.sqrt(abs(share.weight)) for share in shares]
-        signs = [math.copysign(root, s.weight) for root, s in zip(roots, shares, strict=True)]
-        A = sum(share.A * sign for share, sign in zip(shares, signs, strict=True))
-        B = sum(share.B * root for share, root in zip(shares, roots, strict=True))
-        assert isinstance(A, Tensor) and isinstance(B, Tensor)
-        return A, B
-    A = torch.cat([_by_part(s.A, s, target.slices) * s.weight for s in shares], dim=1).flatten(0, 1)
-    B = torch.cat([share.B for share in shares], dim=1)
-    if combination_type == "cat":
-        return A, B
-    return _truncated(A, B, target.slices, svd_rank or max(share.r for share in shares))
-
-
-def _by_part(A: Tensor, share: Share, slices: Slices | None) -> Tensor:
-    """A with a dimension of its parts in front (groups of a convolution, slices of a projection).
-
-    Parts with inputs of their own lie beside one another, and are one here.
-    """
-    parts = 1 if slices is not None and slices.widths is not None else A.shape[0] // share.r
-    return A.reshape(parts, share.r, *A.shape[1:])
-
-
-def _truncated(A: Tensor, B: Tensor, slices: Slices | None, r: int) -> tuple[Tensor, Tensor]:
-    """The best approximation of rank r of each part's update."""
-    pairs = [_best(down.flatten(1), up.flatten(1), r) for down, up in _parts(A, B, slices)]
-    downs, ups = [down for down, _ in pairs], [up for _, up in pairs]
-    beside = slices is not None and slices.widths is not None
-    down, up = torch.cat(downs, dim=1 if beside else 0), torch.cat(ups)
-    return (
-        down.to(A.dtype).reshape(-1, *A.shape[1:]) if not beside else down.to(A.dtype),
-        up.to(B.dtype).reshape(B.shape[0], r, *B.shape[2:]),
-    )
-
-
-def _parts(A: Tensor, B: Tensor, slices: Slices | None) -> Iterator[tuple[Tensor, Tensor]]:
-    if slices is None:
-        count = A.shape[0] // B.shape[1]
-        yield from zip(A.chunk(count), B.chunk(count), strict=True)
-    elif slices.widths is not None:
-        yield from slices.blocks(A, B).values()
-    else:
-        sizes = dict(slices.parts)
-        rows = [slices.groups * sizes[name] for name in slices.adapted]
-        yield from zip(A.chunk(len(rows)), B.split(rows), strict=True)
-
-
-def _best(A: Tensor, B: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    found = decompose_product(A, B).top(r)
-    down, up = found.V.new_zeros(r, A.shape[1]), found.U.new_zeros(B.shape[0], r)
-    kept = len(found.S)
-    # As in PEFT the singular values are all in B.
-    down[:kept], up[:, :kept] = found.V.t(), found.U * found.S
-    return down, up

@@ -16,11 +16,13 @@ from lightning_lora import (
     merge_lora,
     save_adapter,
     set_adapter,
+    task_arithmetic,
     unmerge_lora,
 )
 from lightning_lora.errors import ConfigError
 from lightning_lora.injection import require_injection
 from lightning_lora.names import modules_by_name
+from lightning_lora.task_arithmetic import combine
 from tests.models import TiedLinears, hugging_face, mlp, shake
 
 peft = pytest.importorskip("peft")
@@ -111,6 +113,69 @@ def deltas(model: nn.Module, name: str) -> dict[str, Tensor]:
     return found
 
 
+PRUNING = ["ties", "magnitude_prune", "dare_linear", "dare_ties"]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("svd", [False, True])
+@pytest.mark.parametrize("combination", PRUNING)
+@pytest.mark.parametrize("sign", ["total", "frequency"])
+def test_as_peft_prunes_and_combines(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    kind: str,
+    svd: bool,
+    combination: str,
+    sign: str,
+) -> None:
+    # What DARE drops is drawn; here it drops what is negative.
+    def positive(tensor: Tensor, density: float, **_: bool) -> Tensor:
+        return tensor.clamp(min=0) / density
+
+    monkeypatch.setattr(peft.utils.merge_utils, "random_pruning", positive)
+    monkeypatch.setattr(task_arithmetic, "_some", positive)
+    make, targets = MODELS[kind]
+    ranks = {"one": 3, "two": 2 if svd else 3, "three": 3}
+    saved(tmp_path, make, targets, ranks)
+    theirs = peft.PeftModel.from_pretrained(make(), tmp_path / "one", adapter_name="one")
+    model = make().eval()
+    add_adapter(model, "one", tmp_path / "one")
+    for name in ("two", "three"):
+        theirs.load_adapter(tmp_path / name, adapter_name=name)
+        add_adapter(model, name, tmp_path / name)
+    name = f"{combination}_svd" if svd else combination
+    weights = [0.7, -0.4, 1.2]
+    options: dict[str, Any] = {"density": 0.6, "majority_sign_method": sign, "svd_rank": 4}
+    theirs.add_weighted_adapter(list(ranks), weights, "all", name, **options)
+    theirs.set_adapter("all")
+    add_weighted_adapter(model, list(ranks), weights, "all", name, **options)
+    set_adapter(model, "all")
+    torch.testing.assert_close(run(model), run(theirs.eval()), rtol=1e-3, atol=1e-4)
+    add_weighted_adapter(model, list(ranks), weights, "sum", "svd")
+    set_adapter(model, "sum")
+    assert not torch.allclose(run(model), run(theirs), atol=1e-2)
+
+
+@pytest.mark.parametrize("combination", ["ties", "magnitude_prune"])
+def test_a_wide_svd_is_what_the_updates_are_combined_into(combination: str) -> None:
+    model = hugging_face("gpt2")
+    for seed, name in enumerate(("one", "two")):
+        add_adapter(model, name, r=2, alpha=6, target_modules="qv")
+        set_adapter(model, name)
+        shake(model, seed)
+    add_weighted_adapter(
+        model, ["one", "two"], [0.5, 2.0], "new", f"{combination}_svd", svd_rank=16, density=0.5
+    )
+    one, two = deltas(model, "one"), deltas(model, "two")
+    for layer, update in deltas(model, "new").items():
+        # Each part of the projection by itself: W_q and W_v, of a weight that is kept transposed.
+        for columns in (slice(0, 16), slice(32, 48)):
+            pair = [each[layer][:, columns] for each in (one, two)]
+            expected = combine(combination, pair, [0.5, 2.0], 0.5, "total")
+            torch.testing.assert_close(update[:, columns], expected, rtol=1e-4, atol=1e-4)
+        assert not update[:, 16:32].any()
+
+
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_cat_and_a_wide_svd_are_the_sum_on_any_layer(use_rslora: bool) -> None:
     gpt2 = hugging_face("gpt2")
@@ -161,24 +226,32 @@ def test_mistakes() -> None:
     add_adapter(model, "scaled", r=2, use_dora=True, **settings)
     add_adapter(model, "biased", r=2, bias="all", **settings)
 
-    def combine(*names: str, weights: Any = None, kind: str = "cat", **options: Any) -> None:
+    def join(*names: str, weights: Any = None, kind: str = "cat", **options: Any) -> None:
         weights = [1.0] * len(names) if weights is None else weights
         add_weighted_adapter(model, names, weights, "new", kind, **options)
 
-    with pytest.raises(ConfigError, match="combination_type must be one of 'linear', 'cat', 'svd'"):
-        combine("one", kind="ties")
+    with pytest.raises(ConfigError, match=r"must be one of 'linear', .*did you mean 'ties'"):
+        join("one", kind="tise")
+    with pytest.raises(ConfigError, match=r"density must be a number above 0.*'ties', got None"):
+        join("one", kind="ties")
+    with pytest.raises(ConfigError, match=r"density must be .* got 1\.5"):
+        join("one", kind="dare_ties_svd", density=1.5)
+    with pytest.raises(ConfigError, match=r"majority_sign_method must be one of 'total', 'freq"):
+        join("one", kind="ties", density=0.5, majority_sign_method="mean")
+    with pytest.raises(ConfigError, match=r"combination_type='ties' needs adapters of one rank"):
+        join("one", "wide", kind="ties", density=0.5)
     with pytest.raises(ConfigError, match="got 2 adapters and 1 weights"):
-        combine("one", "wide", weights=[1.0])
+        join("one", "wide", weights=[1.0])
     with pytest.raises(ConfigError, match=r"adapters of one rank; they differ in fc1.*Use 'cat'"):
-        combine("one", "wide", kind="linear")
+        join("one", "wide", kind="linear")
     with pytest.raises(ConfigError, match="'scaled' has magnitudes"):
-        combine("one", "scaled")
+        join("one", "scaled")
     with pytest.raises(ConfigError, match="'biased' trains base parameters in place"):
-        combine("one", "biased")
+        join("one", "biased")
     with pytest.raises(ConfigError, match="no adapter 'other'"):
-        combine("one", "other")
-    with pytest.raises(ConfigError, match="svd_rank must be at least 1"):
-        combine("one", kind="svd", svd_rank=0)
+        join("one", "other")
+    with pytest.raises(ConfigError, match="svd_rank must be a whole number of at least 1"):
+        join("one", kind="svd", svd_rank=0)
     with pytest.raises(ConfigError, match="'one' is taken"):
         add_weighted_adapter(model, ["one"], [1.0], "one")
 

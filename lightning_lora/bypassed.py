@@ -8,6 +8,7 @@ copies of theirs.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -31,6 +32,7 @@ _READERS = tuple(
         (r"RecurrentGemmaRecurrentBlock", "conv_1d"),
         # A weight that is put together with another, or run as a convolution.
         (r"MobileBertLMPredictionHead", "dense decoder"),
+        (r"Deberta(V2)?Encoder", "rel_embeddings"),
         (r"\w*MHAttentionMap", "k_proj k_linear"),
         (r"TDNNLayer", "kernel"),
         # Tables and routers that are linear layers by name alone.
@@ -41,6 +43,22 @@ _READERS = tuple(
         (r"LSHSelfAttention", "query_key value"),
     )
 )
+
+
+# Heads of a model that multiply with the embedding's weight, to which they hold no reference.
+_HEADS = {"DebertaOnlyMLMHead", "DebertaV2OnlyMLMHead"}
+
+
+def is_read_by_head(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a head reads the weight of this embedding without having it as its own.
+
+    Args:
+        name: The embedding's name.
+        modules: The model's modules by name.
+    """
+    return name.endswith("word_embeddings") and any(
+        type(module).__name__ in _HEADS for module in modules.values()
+    )
 
 
 def reads_weight(parent: nn.Module, child: str) -> bool:

@@ -242,7 +242,9 @@ class _DoRALinear(torch.autograd.Function):
         needs_x, _, needs_bias, needs_A, needs_B, needs_m = ctx.needs_input_grad[:6]
         dtype, scaling, rows = directed.dtype, ctx.scaling, len(directed)
         g = grad.reshape(directed.shape).to(dtype)
-        scaled = torch.mul(g, scale, out=torch.empty_like(g))
+        # Into a tensor of its own where that spares one in the wider dtype of the scale.
+        narrow = dtype != scale.dtype
+        scaled = torch.mul(g, scale, out=torch.empty_like(g)) if narrow else g * scale
         grad_hidden_t = torch.mm(B.to(dtype).t(), scaled.t())
         totals = None
         if needs_bias or (needs_m and bias is not None):

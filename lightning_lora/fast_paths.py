@@ -28,7 +28,7 @@ def leave_fast_paths(model: nn.Module) -> None:
             continue
         if isinstance(module, nn.TransformerEncoderLayer):
             module.register_forward_pre_hook(_no_fast_path)
-        elif module.use_nested_tensor:
+        elif module.use_nested_tensor and len(module.layers):
             module.use_nested_tensor = False
             module.layers[-1].register_forward_hook(_empty_padding, with_kwargs=True)
 
@@ -42,8 +42,8 @@ def return_to_fast_paths(model: nn.Module) -> None:
     for module in modules_by_name(model).values():
         if isinstance(module, nn.TransformerEncoderLayer):
             remove_hook(module, _no_fast_path)
-        elif isinstance(module, nn.TransformerEncoder) and remove_hook(
-            module.layers[-1], _empty_padding
+        elif isinstance(module, nn.TransformerEncoder) and any(
+            remove_hook(layer, _empty_padding) for layer in module.layers
         ):
             module.use_nested_tensor = True
 
@@ -76,4 +76,5 @@ def _empty_padding(
     kept = mask.logical_not()
     if not torch._nested_tensor_from_mask_left_aligned(output, kept):
         return output
-    return output * kept.unsqueeze(-1)
+    # Not by a product: a sequence that is padding alone has NaN.
+    return output.masked_fill(~kept.unsqueeze(-1), 0)

@@ -129,7 +129,8 @@ def _hold_in_evaluation(module: nn.Module) -> None:
     """Let a layer run in evaluation mode; its flag stays the user's between its forward passes."""
     if _enter_evaluation not in module._forward_pre_hooks.values():
         module.register_forward_pre_hook(_enter_evaluation)
-        module.register_forward_hook(_leave_evaluation)
+        # Checkpointing ends what it computes again by an exception.
+        module.register_forward_hook(_leave_evaluation, always_call=True)
 
 
 def _enter_evaluation(module: nn.Module, args: Any) -> None:
@@ -152,5 +153,6 @@ def remove_hook(module: nn.Module, hook: Any) -> bool:
         for key in [key for key, value in hooks.items() if value is hook]:
             del hooks[key]
             module._forward_hooks_with_kwargs.pop(key, None)
+            module._forward_hooks_always_called.pop(key, None)
             found = True
     return found

@@ -5,7 +5,8 @@ dropout), and `lora_linears` several such layers of one input. While only the fa
 b) train, they run as one autograd node that keeps ``x`` and the skinny ``A D(x)^T`` and nothing of
 the size of the output (`lightning_lora.projections`). Inputs so small that calling the node takes
 longer than computing it go through ordinary operations instead, which autograd runs without Python;
-so does everything inside transforms of `torch.func`.
+so does everything inside transforms of `torch.func` and the like, and inputs that are nested or
+sparse.
 """
 
 from __future__ import annotations
@@ -125,6 +126,8 @@ def prefers_operations(x: Tensor, weight: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
+    if x.layout != torch.strided or x.is_nested:
+        return True
     # Of a weight in another dtype autocast would keep a cast copy for backward.
     is_small = x.numel() < SMALL_INPUT and weight.dtype == compute_dtype(x)
     return is_small or is_transformed()

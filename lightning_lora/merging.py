@@ -59,7 +59,7 @@ def merge_lora(model: nn.Module, base: str | None = None) -> MergeReport:
     if record.merged:
         return MergeReport(base or record.merge_base)
     reshard(model)
-    _refuse_reparametrized(model, record)
+    refuse_reparametrized(model, record)
     _refuse_non_finite(model, record)
     with merging_into(model, base or record.merge_base) as read:
         return _merge(model, record, base or record.merge_base, read)
@@ -101,11 +101,12 @@ def unmerge_lora(model: nn.Module) -> None:
         model: The module that LoRA was injected into.
 
     Raises:
-        ConfigError: The model has no LoRA.
+        ConfigError: The model has no LoRA, or a weight was pruned or reparametrized since.
     """
     record = require_injection(model)
     if not record.merged:
         return
+    refuse_reparametrized(model, record)
     reshard(model)
     modules = modules_by_name(model)
     quantized = set(record.replaced)
@@ -210,14 +211,23 @@ def refuse_ties(model: nn.Module) -> None:
             )
 
 
-def _refuse_reparametrized(model: nn.Module, record: Injection) -> None:
+def refuse_reparametrized(model: nn.Module, record: Injection) -> None:
+    """Refuse to work on weights that are computed anew in each call.
+
+    Args:
+        model: The adapted model.
+        record: What was injected.
+
+    Raises:
+        ConfigError: Names the layer, and says what to do.
+    """
     modules = modules_by_name(model)
     for target in record.plan.targets:
         if any(leaf not in modules[target.name]._parameters for leaf in target.weights):
             raise ConfigError(
                 f"{target.name!r} was pruned or reparametrized after LoRA was injected, and its "
-                "weight is computed anew in each call: nothing can be merged into it. Make that "
-                "permanent first (torch.nn.utils.prune.remove, "
+                "weight is computed anew in each call: nothing can be merged into it, or taken out "
+                "of it. Make that permanent first (torch.nn.utils.prune.remove, "
                 "torch.nn.utils.parametrize.remove_parametrizations)."
             )
 

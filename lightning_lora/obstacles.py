@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_lora.bypassed import reads_weight
+from lightning_lora.bypassed import is_read_by_head, reads_weight
 from lightning_lora.errors import TargetError
 from lightning_lora.layers import LoRAFactors, LoRALayer, adapted_class, supported_layers
 from lightning_lora.names import parameters_of
@@ -36,7 +36,9 @@ def _obstacle(
     if isinstance(module, (LoRALayer, LoRAFactors)):
         return "it has been adapted already"
     adapted = adapted_class(type(module))
-    if not name or adapted is None:
+    if not name:
+        return "it is the model itself; put it into a module, or into nn.Sequential"
+    if adapted is None:
         types = ", ".join(supported_layers())
         why = f"{type(module).__name__} is not a supported layer type ({types})"
         if isinstance(module, nn.Linear):
@@ -44,6 +46,8 @@ def _obstacle(
         return why
     if (obstacle := adapted.obstacle(module, dropout)) is not None:
         return obstacle
+    if any(p is not None and p.is_complex() for p in module._parameters.values()):
+        return "its weight is complex, and factors are real"
     if use_dora and not adapted.supports_dora:
         return (
             f"DoRA is not available for {type(module).__name__}, whose forward takes no magnitude; "
@@ -69,6 +73,8 @@ def _obstacle(
             f"{type(parent).__name__} reads its weight instead of calling it, so that factors "
             "would have no effect"
         )
+    if is_read_by_head(name, modules):
+        return "the head reads its weight too, to which factors would be unknown"
     if "forward" in module.__dict__:
         return (
             "its forward was replaced on the instance (by a device map of accelerate, for "

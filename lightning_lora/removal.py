@@ -9,7 +9,7 @@ from lightning_lora.freezing import release
 from lightning_lora.initialization import put_back
 from lightning_lora.injection import ATTRIBUTE, require_injection, restore_class
 from lightning_lora.layers.siblings import part_siblings
-from lightning_lora.merging import unmerge_lora
+from lightning_lora.merging import refuse_reparametrized, unmerge_lora
 from lightning_lora.names import modules_by_name, unwrap
 from lightning_lora.quantization import allow_repacking
 from lightning_lora.tokens import remove_tokens
@@ -23,10 +23,11 @@ def remove_lora(model: nn.Module) -> None:
     values.
 
     Raises:
-        ConfigError: The model has no LoRA, or LoftQ quantized its base anew and it is sharded by
-            now.
+        ConfigError: The model has no LoRA, a weight was pruned or reparametrized since, or LoftQ
+            quantized its base anew and it is sharded by now.
     """
     record = require_injection(model)
+    refuse_reparametrized(model, record)
     unmerge_lora(model)
     put_back(model, record.originals)
     modules = modules_by_name(model)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.bypassed import is_read_by_head
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, TargetError
 from lightning_lora.heads import input_embeddings
@@ -56,6 +57,8 @@ def token_targets(
         ]
         for layer in (name, *tied):
             why = _obstacle(layer, modules[layer], indices, saved, adapted)
+            if is_read_by_head(layer, modules):
+                why = "has a weight that the head reads too, to which the rows would be unknown"
             if why is not None:
                 raise TargetError(f"trainable_token_indices: {layer!r} {why}.")
         if (first := owners.setdefault(id(weight), name)) != name:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    DebertaV2Config,
+    DebertaV2ForMaskedLM,
     MambaConfig,
     MambaModel,
     MobileBertConfig,
@@ -57,6 +59,32 @@ def wavlm() -> Any:
         num_conv_pos_embedding_groups=2,
     )
     return WavLMModel(config), SOUND
+
+
+def deberta(legacy: bool = True) -> Any:
+    config = DebertaV2Config(
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=32,
+        relative_attention=True,
+        pos_att_type="c2p|p2c",
+        legacy=legacy,
+    )
+    return DebertaV2ForMaskedLM(config), IDS
+
+
+def test_weights_that_deberta_reads() -> None:
+    with pytest.raises(TargetError, match=r"rel_embeddings' .*DebertaV2Encoder reads its weight"):
+        inject_lora(deberta()[0], r=2, target_modules=["rel_embeddings"])
+    names: Any = ["word_embeddings"]
+    assert inject_lora(deberta()[0], r=2, target_modules=names).targets
+    with pytest.raises(TargetError, match=r"word_embeddings' .*the head reads its weight too"):
+        inject_lora(deberta(legacy=False)[0], r=2, target_modules=names)
+    with pytest.raises(TargetError, match="word_embeddings' has a weight that the head reads too"):
+        inject_lora(deberta(legacy=False)[0], r=2, trainable_token_indices=[3])
 
 
 @pytest.mark.parametrize("make", [mamba, mobile_bert, wavlm])

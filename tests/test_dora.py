@@ -312,6 +312,19 @@ def test_second_derivatives_through_a_quantized_base_are_refused() -> None:
         torch.autograd.grad(model(x).sum(), x, create_graph=True)
 
 
+def test_batched_gradients() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5))
+    inject_lora(model, r=2, alpha=6, use_dora=True)
+    shake(model)
+    x = torch.randn(3, 4)
+    found, expected = (
+        torch.autograd.functional.jacobian(model, x, vectorize=vectorize)
+        for vectorize in (True, False)
+    )
+    torch.testing.assert_close(found, expected)
+
+
 def test_transforms_of_torch_func() -> None:
     model = one(linear(torch.float64))
     stir(model)

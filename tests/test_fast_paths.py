@@ -83,6 +83,24 @@ def test_padded_positions_where_the_base_takes_the_slow_path(circumstance: str) 
     assert base[mask].std(0).sum() > 0.1  # no constant rows
 
 
+def test_a_sequence_that_is_padding_alone_gives_zeros() -> None:
+    layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    mask = torch.arange(6) >= torch.tensor([[6], [0], [2]])
+    base = output(model, mask)
+    assert not base[1].any()
+    inject_lora(model, **SETTINGS, layers_to_transform=[1])
+    torch.testing.assert_close(output(model, mask), base, **CLOSE)
+
+
+def test_an_encoder_without_layers() -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8), 0)
+    model = nn.ModuleDict({"encoder": encoder, "fc": nn.Linear(8, 8)})
+    inject_lora(model, **SETTINGS)
+    merge_lora(model)
+    remove_lora(model)
+
+
 def test_a_merged_model_takes_the_fast_path_again() -> None:
     model = transformer()
     mask = padding("at the end")

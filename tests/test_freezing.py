@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import adapter_state_dict, inject_lora, remove_lora
 from lightning_lora.errors import ConfigError
@@ -72,6 +73,21 @@ def test_a_frozen_norm_computes_as_in_evaluation() -> None:
     expected = model.eval().norm(x)
     inject_lora(model, r=2, alpha=6, target_modules=["fc"])
     assert torch.equal(model.train().norm(x), expected)
+
+
+@pytest.mark.parametrize("ends", ["checkpoint", "exception"])
+def test_the_mode_stays_the_users_whatever_ends_the_forward(ends: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)).train()
+    inject_lora(model, r=2, alpha=4)
+    if ends == "checkpoint":
+        x = torch.randn(6, 4, requires_grad=True)
+        checkpoint(model[:2], x, use_reentrant=False).sum().backward()
+    else:
+        with pytest.raises(ValueError, match="expected 2D"):
+            model[1](torch.randn(4))
+    assert model[1].training
+    remove_lora(model)
+    assert not model[1]._forward_hooks_always_called and not model[1]._forward_hooks
 
 
 def test_removal_lets_the_statistics_move_again() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import inject_lora, merge_lora, remove_lora
+from lightning_lora import inject_lora, merge_lora, remove_lora, unmerge_lora
 from lightning_lora.errors import ConfigError
 from tests.models import AttentionNet, NormNet, TiedHead, TiedLinears, mlp, shake
 
@@ -73,6 +73,23 @@ def test_a_model_can_be_adapted_anew() -> None:
     inject_lora(model, r=2, alpha=6)
     remove_lora(model)
     assert inject_lora(model, r=4, alpha=6, target_modules=["fc1"]).lora_parameters == 64
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_layer_that_was_parametrized_since_is_left_alone(merged: bool) -> None:
+    model = mlp()
+    inject_lora(model, r=2, target_modules=["fc1"])
+    shake(model)
+    if merged:
+        merge_lora(model)
+    torch.nn.utils.parametrizations.spectral_norm(model.fc1)
+    x = torch.randn(3, 6)
+    model.eval()
+    before = model(x)
+    for undo in (remove_lora, unmerge_lora) if merged else (remove_lora, merge_lora):
+        with pytest.raises(ConfigError, match=r"'fc1' was pruned or reparametrized.*permanent"):
+            undo(model)
+    assert torch.equal(model(x), before)
 
 
 def test_without_lora_there_is_nothing_to_remove() -> None:

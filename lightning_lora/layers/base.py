@@ -241,7 +241,7 @@ def adapted_class(layer: type[nn.Module]) -> type[LoRALayer] | None:
         if not issubclass(layer, base) or issubclass(layer, LoRALayer):
             continue
         bases: tuple[type[nn.Module], ...]
-        if layer.forward is base.forward:
+        if layer.forward is base.forward and _conv_of(layer) is _conv_of(base):
             bases = (_Derived, adapted, layer)
         elif adapted.adapts_inside_forward and only_calls_super(layer.forward):
             bases = (_Derived, layer, adapted)
@@ -252,6 +252,11 @@ def adapted_class(layer: type[nn.Module]) -> type[LoRALayer] | None:
         if matches(layer) and not issubclass(layer, LoRALayer):
             return _derive(layer, (_Derived, adapted, layer))
     return None
+
+
+def _conv_of(layer: type[nn.Module]) -> Any:
+    """What the forward of a convolution calls with its weight."""
+    return getattr(layer, "_conv_forward", None)
 
 
 def _derive(layer: type[nn.Module], bases: tuple[type[nn.Module], ...]) -> type[LoRALayer]:

@@ -43,12 +43,10 @@ class LoRALinear(LoRALayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(..., in_features)`` to ``(..., out_features)``."""
         siblings: Siblings | None = self.__dict__.get("siblings")
-        if (
-            siblings is None
-            or torch.compiler.is_compiling()
-            or not torch.is_grad_enabled()
-            or prefers_operations(input, self.weight)
-        ):
+        if siblings is None or torch.compiler.is_compiling():
+            return self._alone(input)
+        if not torch.is_grad_enabled() or prefers_operations(input, self.weight):
+            siblings.let_go()
             return self._alone(input)
         out = siblings.output(self, input)
         if out is None:

@@ -60,14 +60,16 @@ class Siblings:
             out, versions = self.ready.pop(layer)
             if not self.ready:
                 self._clear()
-            # An optimizer may have made a step since.
-            if versions == _versions(layer):
+            # An optimizer may have made a step since, or a backward pass have freed the node.
+            if versions == _versions(layer) and not getattr(out.grad_fn, "done", False):
                 return out
         if layer not in self.groups or not self._may_join():
             return None
         self._clear()
         group = self.groups[layer]
         if not all(_is_plain(each, x) for each in group):
+            return None
+        if _is_recomputation() and any(each.lora.training and each.lora.dropout for each in group):
             return None
         projections = [_projection(each) for each in group]
         out, *others = lora_linears(x, projections)
@@ -97,6 +99,11 @@ class Siblings:
             return False
         self.alone = None
         return True
+
+    def let_go(self) -> None:
+        """Drop what was computed for layers that were not called."""
+        if self.ready:
+            self._clear()
 
     def found(self) -> list[tuple[Any, ...]]:
         """The groups that have been seen."""
@@ -209,7 +216,18 @@ def _versions(layer: Any) -> tuple[Any, ...]:
 
 
 def _circumstances(x: Tensor) -> tuple[Any, ...]:
-    # A backward pass that computes a checkpointed part again must not find what the forward pass
-    # has left, for then it would save other tensors.
+    # A checkpointed part must save the same tensors when it is computed again in the backward pass:
+    # it takes nothing that was computed outside it, or in another pass.
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    region = None if hooks is None else weakref.ref(hooks[0])
     task = torch._C._current_graph_task_id()
-    return x._version, compute_dtype(x), torch.is_grad_enabled(), task
+    return x._version, x.requires_grad, compute_dtype(x), torch.is_grad_enabled(), task, region
+
+
+def _is_recomputation() -> bool:
+    """Whether a reentrant checkpoint computes its part again.
+
+    Its forward pass ran without gradients, and so each layer drew its dropout when it was called.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return torch._C._current_graph_task_id() != -1 and hooks is None

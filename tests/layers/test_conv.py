@@ -21,7 +21,7 @@ from lightning_lora import (
     unmerge_lora,
 )
 from lightning_lora.dropout import draw_dropped, zero_dropped
-from lightning_lora.errors import CheckpointError
+from lightning_lora.errors import CheckpointError, TargetError
 from lightning_lora.layers import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from tests.models import assert_same, shake, snapshot
 
@@ -241,6 +241,15 @@ def test_what_peft_would_compute_otherwise_is_not_exported(
     with pytest.raises(CheckpointError, match="PEFT leaves dilation and padding_mode out"):
         save_adapter(model, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
+
+
+def test_a_subclass_that_changes_what_its_forward_does_with_the_weight() -> None:
+    class Standardized(nn.Conv2d):
+        def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return super()._conv_forward(x, weight - weight.mean(), bias)
+
+    with pytest.raises(TargetError, match="Standardized is not a supported layer type"):
+        inject_lora(nn.Sequential(Standardized(2, 2, 3)), r=2, target_modules=["0"])
 
 
 def test_a_compiled_model() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -217,6 +218,95 @@ def test_settings_that_were_changed_in_between(change: str, joined: list[int]) -
     found = layer(x)
     torch.manual_seed(1)
     torch.testing.assert_close(found, expected(x))
+
+
+class Branches(nn.Module):
+    """Two layers of one input, of which one or each may be checkpointed by itself."""
+
+    def __init__(self, out: int = 12) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1, self.fc2 = nn.Linear(12, 12), nn.Linear(12, out)
+        inject_lora(self, r=2, alpha=6, seed=1, target_modules=["fc1", "fc2"])
+        shake(self)
+        self.drop = nn.Dropout(0.5)
+        self.checkpointed: tuple[str, ...] = ()
+
+    def branch(self, name: str, x: Tensor) -> Tensor:
+        return torch.tanh(getattr(self, name)(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        outs = [
+            checkpoint(self.branch, name, x, use_reentrant=False)
+            if name in self.checkpointed
+            else self.branch(name, x)
+            for name in ("fc1", "fc2")
+        ]
+        return torch.cat(outs, -1)
+
+
+@pytest.mark.parametrize("checkpointed", [("fc1",), ("fc2",), ("fc1", "fc2")])
+@pytest.mark.parametrize("out", [12, 5])
+def test_checkpointed_branches(checkpointed: tuple[str, ...], out: int) -> None:
+    model = Branches(out)
+    expected = grads(model, inputs(), 3)
+    model.checkpointed = checkpointed
+    assert_same(grads(model, inputs(), 3), expected)
+
+
+def test_a_backward_pass_for_each_layer() -> None:
+    model = Branches()
+    expected = {n: g for n, g in grads(model, inputs()).items() if ".lora." in n}
+    for _ in range(3):
+        model.zero_grad()
+        x = inputs()
+        weights = torch.linspace(-1, 2, 2 * 120).reshape(2, 5, 24).split(12, -1)
+        for name, own in zip(("fc1", "fc2"), weights, strict=True):
+            (model.branch(name, x) * own).sum().backward()
+        found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        assert_same(found, expected)
+
+
+def test_an_input_that_requires_a_gradient_from_the_second_layer_on() -> None:
+    model = Branches()
+    for _ in range(2):
+        model(inputs()).sum().backward()
+    x = inputs()
+    model.fc1(x)
+    model.fc2(x.requires_grad_()).sum().backward()
+    assert x.grad is not None and x.grad.any()
+
+
+def test_reentrant_checkpoints_draw_the_same_dropout_again() -> None:
+    model, seen = Branches().train(), []
+    for layer in (model.fc1, model.fc2):
+        layer.lora.dropout = 0.5  # type: ignore[union-attr]
+
+    def forward(x: Tensor) -> Tensor:
+        out: Tensor = model.drop(model.fc1(x)) * model.drop(model.fc2(x))
+        seen.append(out.detach())
+        return out
+
+    for _ in range(3):
+        seen.clear()
+        x = inputs().requires_grad_()
+        out: Any = checkpoint(forward, x, use_reentrant=True)
+        out.square().mean().backward()
+        torch.testing.assert_close(*seen)
+        forward(inputs()).sum().backward()
+
+
+def test_a_pass_without_gradients_lets_go_of_what_nobody_asked_for() -> None:
+    model = Branches()
+    for _ in range(2):
+        model(inputs()).sum().backward()
+    x = inputs()
+    model.fc1(x).sum().backward()
+    reference = weakref.ref(x)
+    del x
+    with torch.no_grad():
+        model(inputs())
+    assert reference() is None
 
 
 def test_hooks_of_every_layer_run_and_may_replace_input_and_output() -> None:

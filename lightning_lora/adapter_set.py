@@ -120,7 +120,8 @@ def set_adapter(model: nn.Module, adapter_name: str | None) -> None:
         adapter_name: The adapter's name.
 
     Raises:
-        ConfigError: The model has no adapter of this name, or is sharded.
+        ConfigError: The model has no adapter of this name, or is sharded; or it is merged, and the
+            adapter cannot be. The model is as it was before.
     """
     known = adapters_of(model)
     active = active_adapter(model)
@@ -136,10 +137,20 @@ def set_adapter(model: nn.Module, adapter_name: str | None) -> None:
         record = require_injection(model)
         merged, base = record.merged, record.merged_into
         park(model, known[active])
-    if adapter_name is not None:
+    if adapter_name is None:
+        return
+    try:
         activate(model, known[adapter_name])
         if merged:
             merge_lora(model, base)
+    except BaseException:
+        if known[adapter_name].active:
+            park(model, known[adapter_name])
+        if active is not None:
+            activate(model, known[active])
+            if merged:
+                merge_lora(model, base)
+        raise
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:

@@ -50,11 +50,13 @@ class Attachment:
         prepare: Brings the model into the state that a stage starts from: adapted, unmerged,
             frozen.
         check: Refuses, before the strategy wraps the model, what the end of the fit could not do.
+        start: Loads, once the model is set up, what a fit starts from.
 
     Attributes:
         sharding: How the strategy lays the model out.
         prepare: See above.
         check: See above.
+        start: See above.
     """
 
     def __init__(
@@ -62,10 +64,11 @@ class Attachment:
         strategy: Strategy,
         prepare: Callable[[LightningModule], None],
         check: Callable[[LightningModule], None],
+        start: Callable[[LightningModule], None],
     ) -> None:
         self.sharding = sharding_of(strategy)
         self._strategy = strategy
-        self.prepare, self.check = prepare, check
+        self.prepare, self.check, self.start = prepare, check, start
         wrapped: Any = strategy
         wrapped.setup = partial(self._setup, strategy.setup)
         wrapped.load_checkpoint = partial(self._load_checkpoint, strategy.load_checkpoint)
@@ -91,6 +94,7 @@ class Attachment:
         self.check(model)
         self.sharding.setup(original, trainer, model)
         base_fingerprint(model)
+        self.start(model)
 
     def _load_checkpoint(self, original: Any, checkpoint_path: Any, **kwargs: Any) -> Any:
         model = self._model

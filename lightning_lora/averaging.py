@@ -57,6 +57,20 @@ def check_weight_averaging(
             )
 
 
+def average_from(trainer: Trainer, model: nn.Module) -> None:
+    """Let averages that have not begun be of the model as it is now: they were copied in the setup,
+    before what the fit starts from was in place.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        average = getattr(callback, "_average_model", None)
+        if not isinstance(callback, WeightAveraging) or average is None:
+            continue
+        if int(average.n_averaged) == 0:
+            copies = dict(average.module.named_parameters())
+            for name, parameter in model.named_parameters():
+                copies[name].data.copy_(parameter.data)
+
+
 def keep_adapter(checkpoint: dict[str, Any]) -> None:
     """Leave of the averages in a checkpoint what belongs to the adapter."""
     if CURRENT in checkpoint:

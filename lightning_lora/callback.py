@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
@@ -16,7 +17,7 @@ from typing_extensions import override
 
 from lightning_lora.adaptation import adapt
 from lightning_lora.attachment import Attachment
-from lightning_lora.averaging import check_weight_averaging
+from lightning_lora.averaging import average_from, check_weight_averaging
 from lightning_lora.best import check_best_checkpoint, check_hyperparameters, load_best
 from lightning_lora.callback_settings import callback_problems
 from lightning_lora.checks import (
@@ -206,6 +207,7 @@ class LoRACallback(Callback):
         self._trainer: Trainer | None = None
         self._fitted = False
         self._gradients_seen = False
+        self._resumes = False
         self._stays_merged = False
 
     @override
@@ -233,11 +235,6 @@ class LoRACallback(Callback):
         check_optimizers(trainer, pl_module)
         check_finetuning(trainer)
         self._gradients_seen = False
-        record = require_injection(pl_module)
-        if self.init_from is not None and record.fresh and trainer.ckpt_path is None:
-            state = starting_state(pl_module, self.init_from)
-            self._sharding.load_state(pl_module, state, self.init_from)
-        record.fresh = False
         if self.merge_from == "best":
             check_best_checkpoint(trainer)
             check_hyperparameters(pl_module)
@@ -247,9 +244,10 @@ class LoRACallback(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_modes(pl_module, self.config.dropout)
-        if self.config.init == "eva" and self.config.r:
+        if self.config.init == "eva" and self.config.r and not self._resumes:
             batches, sharded = self.init_batches, self._sharding.is_sharded
             initialize_from_first_batches(trainer, pl_module, batches, sharded)
+            average_from(trainer, pl_module)
 
     @override
     def on_train_batch_start(
@@ -352,6 +350,21 @@ class LoRACallback(Callback):
                 self._cast_frozen(model)
             freeze(model, self.plan)
 
+    def _start(self, model: LightningModule) -> None:
+        """Load what the fit starts from, before a finder of learning rates runs a fit of its own
+        and leaves its checkpoint as the Trainer's.
+        """
+        assert self._trainer is not None
+        if self._trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._resumes = self._trainer.ckpt_path is not None
+        record = require_injection(model)
+        if self.init_from is not None and record.fresh and not self._resumes:
+            state = starting_state(model, self.init_from)
+            self._sharding.load_state(model, state, self.init_from)
+            average_from(self._trainer, model)
+        record.fresh = False
+
     def _cast_frozen(self, model: LightningModule) -> None:
         if self.frozen_dtype is not None:
             cast_frozen(model, self.frozen_dtype)
@@ -364,10 +377,11 @@ class LoRACallback(Callback):
         if attached in self._trainer.callbacks:  # type: ignore[attr-defined]
             raise ConfigError("The Trainer has two LoRACallbacks; give it one.")
         if attachment is None:
-            attachment = Attachment(strategy, self._prepare, self._check_merge)
+            attachment = Attachment(strategy, self._prepare, self._check_merge, self._start)
         else:
             # The module's configure_callbacks gives another one for each stage.
             attachment.prepare, attachment.check = self._prepare, self._check_merge
+            attachment.start = self._start
             self._fitted = self._fitted or attached._fitted
         strategy._lightning_lora = (self, attachment)  # type: ignore[attr-defined]
         self._sharding = attachment.sharding

@@ -86,6 +86,8 @@ def add_weighted_adapter(
         raise ConfigError(
             f"Give each adapter a weight: got {len(adapters)} adapters and {len(weights)} weights."
         )
+    if not all(map(is_number, weights)):
+        raise ConfigError(f"weights must be finite numbers, got {list(weights)}")
     found = {name: adapter_of(model, name) for name in adapters}
     for name, adapter in found.items():
         _check(name, adapter)

@@ -54,13 +54,16 @@ def replacing_directory(target: str | Path) -> Iterator[Path]:
         CheckpointError: The disk is full.
     """
     target = Path(target)
+    if not target.name:
+        # The working directory, which cannot be replaced by its relative name.
+        target = target.absolute()
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(
             f"{target} is a file; a folder is to be written there. Choose another path."
         )
     with _explaining_full_disk(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        fresh = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
         try:
             yield fresh
             adopt(fresh, target)
@@ -85,7 +88,7 @@ def replacing_file(target: str | Path) -> Iterator[Path]:
         raise IsADirectoryError(
             f"{target} is a folder; a file is to be written there. Choose another path."
         )
-    fresh = target.with_name(f".{target.name}.{os.getpid()}")
+    fresh = target.with_name(f"{_prefix(target)}{os.getpid()}")
     with _explaining_full_disk(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -95,13 +98,18 @@ def replacing_file(target: str | Path) -> Iterator[Path]:
             fresh.unlink(missing_ok=True)
 
 
+def _prefix(target: Path) -> str:
+    """What the names of things beside a target begin with; a name has 255 bytes at most."""
+    return f".{target.name.encode()[:200].decode(errors='ignore')}."
+
+
 def adopt(fresh: Path, target: Path) -> None:
     """Put a complete new folder in the place of ``target``."""
     _make_readable(fresh)
     if not target.exists():
         fresh.rename(target)
         return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    aside = Path(tempfile.mkdtemp(prefix=f"{_prefix(target)}old.", dir=target.parent))
     try:
         target.rename(aside / target.name)
         try:

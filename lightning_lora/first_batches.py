@@ -32,7 +32,8 @@ def initialize_from_first_batches(
 
     The fit that follows sees the same random numbers and batches as without it. Each process runs
     its own batches, and all come to the same factors. Of a step only what leads up to the adapted
-    layers is run, and nothing is logged. A model that has been trained or loaded is left alone.
+    layers is run, and nothing is logged. A model that has been trained, loaded or initialised from
+    inputs is left alone.
 
     Args:
         trainer: A trainer whose training is about to start.
@@ -44,15 +45,13 @@ def initialize_from_first_batches(
         ConfigError: The model is sharded, the module optimizes manually, or the inputs do not
             suffice.
     """
-    if trainer.ckpt_path is not None:
-        return
     if is_sharded:
         raise ConfigError(
             "init='eva' runs the whole model before training, and this strategy shards it. Start "
             "the fit with strategy='ddp' or on one device (its checkpoints can be resumed with any "
             "strategy), or use init='kaiming' or 'pissa'."
         )
-    if not starts_from_zero(model):
+    if require_injection(model).from_inputs or not starts_from_zero(model):
         return
     if not model.automatic_optimization:
         raise ConfigError(

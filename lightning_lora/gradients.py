@@ -23,6 +23,10 @@ def gradients_of(module: nn.Module) -> dict[str, Tensor]:
 def restore_gradients(module: nn.Module, gradients: dict[str, Tensor]) -> None:
     """Give parameters the gradients that `gradients_of` has returned."""
     for name, parameter in module.named_parameters():
-        if name in gradients:
-            parameter.grad = torch.zeros_like(parameter)
-            local(parameter.grad).copy_(gradients[name])
+        if name not in gradients:
+            continue
+        if gradients[name].is_sparse:
+            parameter.grad = gradients[name].to(parameter.device, copy=True)
+            continue
+        parameter.grad = torch.zeros_like(parameter)
+        local(parameter.grad).copy_(gradients[name])

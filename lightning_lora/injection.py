@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from lightning_lora.quantization import allow_repacking, keep_trainable
 from lightning_lora.sharded import has_other_layout, is_sharded, local, shard_alike
 from lightning_lora.targeting import make_plan
 from lightning_lora.tokens import add_tokens
+from lightning_lora.trained import saved_modules
 
 ATTRIBUTE = "_lightning_lora"
 
@@ -70,6 +71,7 @@ class Injection:
         hidden_flags: While merged, what made transformers take a module for a quantized one.
         by_row: Whether it stands for the adapters of a batch's rows, and is none by itself.
         fresh: Whether the factors are still those that the injection has drawn, as far as is known.
+        from_inputs: Whether they start from the inputs of their layers.
     """
 
     config: LoRAConfig
@@ -89,6 +91,7 @@ class Injection:
     hidden_flags: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
     by_row: bool = False
     fresh: bool = True
+    from_inputs: bool = False
 
 
 def inject_lora(
@@ -133,7 +136,7 @@ def inject_lora(
     config = config if config is not None else LoRAConfig.from_dict(settings)
     earlier = injection_of(model)
     if earlier is not None:
-        if earlier.config != config:
+        if not alike(model, earlier.config, config):
             raise ConfigError(
                 "The model was adapted before with other settings "
                 f"({_differences(earlier.config, config)}). Call remove_lora(model) first."
@@ -194,6 +197,25 @@ def inject_lora(
     setattr(unwrap(model), ATTRIBUTE, record)
     freeze(model, plan)
     return plan
+
+
+def alike(model: nn.Module, first: LoRAConfig, second: LoRAConfig) -> bool:
+    """Whether settings mean the same for a model: no modules to save can be said in three ways.
+
+    Args:
+        model: The model, adapted or not.
+        first: Settings.
+        second: Others.
+    """
+    modules = modules_by_name(model)
+
+    def plain(config: LoRAConfig) -> LoRAConfig:
+        found = config.modules_to_save
+        if found == "auto":
+            found = list(saved_modules(modules, config))
+        return replace(config, modules_to_save=found or None)
+
+    return first == second or plain(first) == plain(second)
 
 
 def injection_of(model: nn.Module) -> Injection | None:

@@ -35,7 +35,7 @@ from lightning_lora.plan import Plan
 from lightning_lora.removal import remove_lora
 from lightning_lora.sharded import all_wholes, is_sharded
 from lightning_lora.start import keeps_start, starts
-from lightning_lora.state import adapter_state_dict, load_adapter_state_dict
+from lightning_lora.state import adapter_state_dict, base_buffers, load_adapter_state_dict
 from lightning_lora.tokens import CHILD
 
 # The settings, the state, and the metadata that only checkpoints have.
@@ -157,6 +157,7 @@ def load_source(model: nn.Module, adapter: Source, source: str, strict_base: boo
     try:
         if metadata is None:
             state = without_copies(model, state, source)
+            state = {**base_buffers(require_injection(model)), **state}
         elif strict_base:
             audit_metadata(model, metadata, source)
         load_adapter_state_dict(model, state, source)

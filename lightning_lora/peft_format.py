@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, ConfigError
 from lightning_lora.injection import require_injection
-from lightning_lora.matching import key_matches, suffix_matches
+from lightning_lora.matching import suffix_matches
 from lightning_lora.names import modules_by_name
 from lightning_lora.peft_factors import (
     PEFT_MAGNITUDE,
@@ -28,6 +28,7 @@ from lightning_lora.peft_factors import (
     refuse_tokens_for_peft,
     without_effect,
 )
+from lightning_lora.peft_patterns import patterns_of_attention, patterns_of_experts, used_keys
 from lightning_lora.peft_reading import INIT
 from lightning_lora.peft_ties import ties_for_peft
 from lightning_lora.peft_whole import refuse_reached, task_type, trained_whole, whole_from_peft
@@ -40,6 +41,11 @@ _UNSUPPORTED = (
     "layer_replication",
     "lora_bias",
     "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "use_bdlora",
+    "velora_config",
 )
 # Initialisations that PEFT repeats on the base whenever it loads; PiSSA and OLoRA are the same
 # here.
@@ -206,6 +212,12 @@ def from_peft_config(
             "wrong on the original one. Save it with PEFT's save_pretrained(..., "
             "path_initial_model_for_weight_conversion=...)."
         )
+    if init.startswith("pissa_niter"):
+        raise CheckpointError(
+            f"{source} started by init_lora_weights={init!r}, which PEFT draws at random and does "
+            "not save. Save it with PEFT's save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...)."
+        )
     if not keeps_start(init):
         # Factors of LoftQ belong to a quantized base, which PEFT has no place to say.
         init = "loftq" if values.get(INIT) == "loftq" else "kaiming"
@@ -214,7 +226,8 @@ def from_peft_config(
             f"{source} is a {values.get('peft_type')} adapter of PEFT; only LORA can be loaded."
         )
     refuse_half_of_experts(values.get("target_parameters") or (), source)
-    values = {**values, **_of_modules(values)}
+    values = {**values, **patterns_of_experts(values)}
+    values = {**values, **patterns_of_attention(values, state)}
     used = [name for name in _UNSUPPORTED if values.get(name)]
     if used:
         raise CheckpointError(f"{source} uses {', '.join(used)} of PEFT, which is not supported.")
@@ -238,8 +251,8 @@ def from_peft_config(
             alpha=values["lora_alpha"],
             dropout=values.get("lora_dropout", 0.0),
             target_modules=targets,
-            rank_pattern=_used_keys(values.get("rank_pattern"), adapted),
-            alpha_pattern=_used_keys(values.get("alpha_pattern"), adapted),
+            rank_pattern=used_keys(values.get("rank_pattern"), adapted),
+            alpha_pattern=used_keys(values.get("alpha_pattern"), adapted),
             bias=values.get("bias", "none"),
             modules_to_save=whole,
             trainable_token_indices=values.get("trainable_token_indices"),
@@ -249,30 +262,6 @@ def from_peft_config(
         )
     except ConfigError as error:
         raise CheckpointError(f"{source} has settings that cannot be: {error}") from error
-
-
-def _of_modules(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Patterns of ranks and alphas, with keys for experts beside those for their weights."""
-    owners = {p.rpartition(".")[0] for p in values.get("target_parameters") or ()}
-    leaves = {p.rpartition(".")[-1] for p in values.get("target_parameters") or ()}
-    changed = {}
-    for setting in ("rank_pattern", "alpha_pattern"):
-        pattern = dict(values.get(setting) or {})
-        for key, value in tuple(pattern.items()):
-            for owner in owners:
-                if any(key_matches(key, f"{owner}.{leaf}") for leaf in leaves):
-                    pattern[re.escape(owner)] = value
-        changed[setting] = pattern
-    return changed
-
-
-def _used_keys(pattern: Mapping[str, Any] | None, names: list[str]) -> dict[str, Any] | None:
-    used = {
-        key: value
-        for key, value in (pattern or {}).items()
-        if any(key_matches(key, n) for n in names)
-    }
-    return used or None
 
 
 def from_peft_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -63,10 +63,10 @@ def adapter_per_row(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
         for target in adapter.record.plan.targets:
             # Layers that share factors are known by them; each has its rows here.
             targets.setdefault(target.name, replace(target, tied_to=None))
-    if not targets:
-        yield
-        return
     with alone(model):
+        if not targets:
+            yield
+            return
         rows: dict[str, nn.Module] = {
             layer: _RowFactors(
                 layer,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,7 @@ from lightning_lora.errors import ConfigError
 from lightning_lora.injection import injection_of, require_injection
 from lightning_lora.merging import merge_lora, unmerge_lora
 from lightning_lora.names import modules_by_name, unwrap
+from lightning_lora.validation import is_number
 
 
 def scale_adapter(model: nn.Module, factor: float) -> None:
@@ -58,7 +58,7 @@ def adapter_scaled(model: nn.Module, factor: float) -> Iterator[None]:
 
 
 def _check(factor: float) -> None:
-    if not math.isfinite(factor):
+    if not is_number(factor):
         raise ConfigError(f"factor must be a finite number, got {factor!r}")
 
 

@@ -68,7 +68,7 @@ def load_adapter_state_dict(
     audit_state(model, state, source)
     reshard(model)
     restore_rounds(model, record.plan, record.originals, state, source)
-    record.fresh = False
+    record.fresh = record.from_inputs = False
     modules = modules_by_name(model)
     buffers = persistent_buffers(model, modules)
     for name, tensor in {**trained_parameters(modules, record), **buffers}.items():
@@ -170,6 +170,13 @@ def trained_parameters(
 def _same(before: Tensor, now: Tensor) -> bool:
     # A conversion of the whole model (.to(bfloat16)) is no change of the buffer.
     return torch.equal(before.to(now.dtype), now.to(before.device))
+
+
+def base_buffers(record: Injection) -> dict[str, Tensor]:
+    """The buffers that `adapter_state_dict` always holds, with the base's values: PEFT saves those
+    of modules that train whole alone.
+    """
+    return {name: record.buffers[name] for name in _required_buffers(record.buffers, record)}
 
 
 def _required_buffers(buffers: Iterable[str], record: Injection) -> set[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from lightning_lora.adapter_set import active_adapter, adapters_of, default_name, loaded
-from lightning_lora.injection import require_injection
+from lightning_lora.injection import alike, require_injection
 from lightning_lora.interop import Source, load_source, read_source
 from lightning_lora.merging import merge_lora, unmerge_lora
 from lightning_lora.parking import activate, refuse_unknown_base, take_out, without_base
@@ -44,7 +44,7 @@ def swap_adapter(model: nn.Module, path: str | Path) -> Plan:
     """
     record = require_injection(model)
     source = read_source(Path(path), model)
-    swap = _refilled if record.config == source[0] else _exchanged
+    swap = _refilled if alike(model, record.config, source[0]) else _exchanged
     return swap(model, source, str(path))
 
 

@@ -127,6 +127,36 @@ def test_a_merged_model_is_merged_again_from_its_exact_base(merged_first: bool) 
     assert_same(snapshot(mlp()), snapshot(model))
 
 
+def test_a_merge_that_fails_leaves_the_adapter_that_was_active() -> None:
+    model, _ = two()
+    add_adapter(model, "third", **FIRST)
+    set_adapter(model, "third")
+    with torch.no_grad():
+        model.fc1.lora.B.fill_(torch.nan)
+    set_adapter(model, "first")
+    merge_lora(model)
+    before, out = snapshot(model), model(X)
+    with pytest.raises(ConfigError, match=r"Not merged: fc1\.lora\.B holds NaN"):
+        set_adapter(model, "third")
+    assert active_adapter(model) == "first" and injection_of(model).merged  # type: ignore
+    assert torch.equal(model(X), out)
+    assert_same(before, snapshot(model))
+    set_adapter(model, "second")
+
+
+def test_modules_to_save_that_are_none_are_said_in_three_ways(tmp_path: Path) -> None:
+    save_adapter(two()[0], tmp_path / "first")
+    for modules_to_save in (None, "auto", []):
+        model = mlp()
+        inject_lora(model, modules_to_save=modules_to_save, **FIRST)
+        factor = model.fc1.lora.A
+        load_adapter(model, tmp_path / "first")
+        swap_adapter(model, tmp_path / "first")
+        assert model.fc1.lora.A is factor
+    with pytest.raises(ConfigError, match="adapted before with other settings"):
+        inject_lora(model, modules_to_save=["head"], **FIRST)
+
+
 def test_what_trains_in_place_goes_with_its_adapter() -> None:
     torch.manual_seed(0)
     model = NormNet()

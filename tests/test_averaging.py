@@ -90,6 +90,32 @@ def test_the_averages_are_what_is_tested_merged_and_loaded(tmp_path: Path) -> No
     assert scores["val_loss"] == pytest.approx(float(checkpoint.best_model_score))
 
 
+@pytest.mark.parametrize("start", ["init_from", "eva"])
+def test_averages_that_begin_late_are_of_what_the_fit_starts_from(
+    tmp_path: Path, start: str
+) -> None:
+    fit(tmp_path / "first", 1)
+    source = tmp_path / "first" / "last.ckpt"
+    settings = {"init_from": str(source)} if start == "init_from" else {"init": "eva"}
+    late = EMAWeightAveraging(decay=0.8, update_starting_at_step=1000)
+    seen: dict[str, Tensor] = {}
+
+    class See(Callback):
+        def on_train_batch_start(self, trainer: Trainer, model: Any, *_: Any) -> None:
+            if trainer.global_step == 0:
+                state = adapter_state_dict(model)
+                seen.update({name: value.clone() for name, value in state.items()})
+
+    lora = make_lora(**settings)
+    trainer = make_trainer(tmp_path / "second", lora, max_epochs=1, callbacks=[late, See()])
+    trainer.fit(PlainClassifier(lr=0.05))
+    saved = torch.load(tmp_path / "second" / "last.ckpt", weights_only=True)
+    assert saved["state_dict"].keys() == seen.keys()
+    for name, value in seen.items():
+        assert torch.equal(saved["state_dict"][name], value)
+        assert not torch.equal(saved["current_model_state"][name], value)
+
+
 def test_averages_of_another_adapter_are_refused(tmp_path: Path) -> None:
     fit(tmp_path, 1)
     path = tmp_path / "last.ckpt"

@@ -244,6 +244,10 @@ def test_mistakes() -> None:
         join("one", "wide", weights=[1.0])
     with pytest.raises(ConfigError, match=r"adapters of one rank; they differ in fc1.*Use 'cat'"):
         join("one", "wide", kind="linear")
+    with pytest.raises(ConfigError, match=r"weights must be finite numbers, got \[1.0, nan"):
+        join("one", "wide", weights=[1.0, float("nan")])
+    with pytest.raises(ConfigError, match=r"svd_rank must be .* got 2\.5"):
+        join("one", kind="svd", svd_rank=2.5)
     with pytest.raises(ConfigError, match="'scaled' has magnitudes"):
         join("one", "scaled")
     with pytest.raises(ConfigError, match="'biased' trains base parameters in place"):

@@ -137,6 +137,15 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path, replacing: Any, error: E
     assert listing(tmp_path) == []
 
 
+@pytest.mark.parametrize("replacing", [replacing_file, replacing_directory])
+@pytest.mark.parametrize("name", ["x" * 255, "ü" * 127])
+def test_names_as_long_as_can_be(tmp_path: Path, replacing: Any, name: str) -> None:
+    for _ in range(2):
+        with replacing(tmp_path / name) as fresh:
+            (fresh / "a" if fresh.is_dir() else fresh).write_text("1")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_other_errors_are_left_as_they_are(tmp_path: Path) -> None:
     with pytest.raises(PermissionError), replacing_file(tmp_path / "x"):
         raise PermissionError(errno.EACCES, "no")

@@ -27,6 +27,7 @@ from lightning_lora import (
 )
 from lightning_lora.errors import CheckpointError
 from lightning_lora.injection import injection_of
+from tests.models import shake
 from tests.modules import mlp
 
 peft = pytest.importorskip(
@@ -282,6 +283,113 @@ def test_saving_replaces_the_folder_as_a_whole(tmp_path: Path) -> None:
         "adapter_model.safetensors",
     ]
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+class WithAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.fc, self.q_proj, self.v_proj = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.attn(x, x, x, need_weights=False)[0]
+        return self.fc(out) + self.q_proj(x) * self.v_proj(x)
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {"alpha_pattern": {"attn": 32}},
+        {"rank_pattern": {"attn": 2}},
+        {"rank_pattern": {"attn": 2}, "alpha_pattern": {"attn": 4}},
+        {"alpha_pattern": {"out_proj": 32}},
+    ],
+)
+def test_patterns_of_peft_for_attention_are_for_its_output_too(
+    tmp_path: Path, patterns: dict[str, Any]
+) -> None:
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["attn", "fc"], **patterns)
+    theirs = peft.get_peft_model(WithAttention(), config)
+    theirs.save_pretrained(tmp_path)
+    ours = WithAttention()
+    load_adapter(ours, tmp_path)
+    wrapped = theirs.base_model.model.attn
+    assert ours.attn.lora.scaling == wrapped.scaling["default"]
+    assert ours.attn.out_proj.lora.scaling == wrapped.base_layer.out_proj.scaling["default"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": "qv"},
+        {"target_modules": ["attn", "out_proj", "fc"], "alpha_pattern": {"attn|out_proj": 32}},
+        {"target_modules": ["attn", "out_proj", "fc"], "rank_pattern": {"attn|out_proj": 3}},
+    ],
+)
+def test_attention_comes_back_from_a_folder_of_our_own(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    model = WithAttention()
+    inject_lora(model, r=2, alpha=4, **settings)
+    shake(model)
+    save_adapter(model, tmp_path / "adapter")
+    again = WithAttention()
+    load_adapter(again, tmp_path / "adapter")
+    x = torch.randn(2, 5, 8)
+    torch.testing.assert_close(again(x), model(x))
+
+
+def test_statistics_that_peft_does_not_save_are_those_of_the_base(tmp_path: Path) -> None:
+    def make() -> nn.Sequential:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+        model(torch.randn(20, 6))
+        return model.eval()
+
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["0"], bias="all")
+    theirs = peft.get_peft_model(make(), config)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path)
+    ours = make()
+    load_adapter(ours, tmp_path)
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(ours(x), theirs.eval()(x))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"init_lora_weights": "pissa_niter_4"}, "draws at random.*path_initial_model"),
+        ({"velora_config": {"a": 1}}, "uses velora_config of PEFT"),
+        ({"use_bdlora": {"a": 1}}, "uses use_bdlora of PEFT"),
+    ],
+)
+def test_what_peft_computes_otherwise_is_refused(
+    tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    model = fresh(mlp)
+    inject_lora(model, target_modules=["0"])
+    folder = save_adapter(model, tmp_path / "adapter")
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    with pytest.raises(CheckpointError, match=message):
+        load_adapter(fresh(mlp), folder)
+
+
+def test_the_working_directory_can_be_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = fresh(mlp)
+    inject_lora(model, target_modules=["0"])
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    save_adapter(model, ".")
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
 
 
 def test_an_adapter_that_diverged_is_not_handed_on(tmp_path: Path) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.tuner import Tuner
+from torch.utils.data import DataLoader
 
 from lightning_lora import inject_lora, load_adapter, save_adapter
 from lightning_lora.errors import CheckpointError
 from lightning_lora.state import adapter_state_dict
 from tests.models import shake
-from tests.modules import Classifier, PlainClassifier, make_lora, make_trainer
+from tests.modules import Classifier, PlainClassifier, dataset, make_lora, make_trainer
 from tests.test_analysis import checkpoint
 
 
@@ -51,6 +55,62 @@ def test_the_fit_starts_from_it_bitwise(tmp_path: Path, form: str, where: str) -
     seen = started(tmp_path, source, where, bias="all")
     assert set(seen) == set(state)
     assert all(torch.equal(seen[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize(
+    "finder",
+    [
+        LearningRateFinder(num_training_steps=3, update_attr=False, attr_name="lr"),
+        BatchSizeFinder(steps_per_trial=1, init_val=2, max_trials=1),
+        "lr_find",
+        "scale_batch_size",
+    ],
+    ids=lambda finder: finder if isinstance(finder, str) else type(finder).__name__,
+)
+@pytest.mark.parametrize("start", ["init_from", "eva"])
+def test_finders_run_before_a_fit_that_starts_from_it(
+    tmp_path: Path, finder: Any, start: str
+) -> None:
+    class Findable(PlainClassifier):
+        batch_size = 4
+
+        def train_dataloader(self) -> Any:
+            return DataLoader(dataset(), batch_size=self.batch_size)
+
+    module = Findable(lr=1e-3)
+    expected, source = adapter(tmp_path, "checkpoint")
+    settings = {"init": "eva"}
+    if start == "init_from":
+        settings = {"init_from": str(source), "bias": "all"}
+    is_callback = not isinstance(finder, str)
+    trainer = make_trainer(
+        tmp_path / "run",
+        make_lora(**settings),
+        callbacks=[copy.deepcopy(finder)] if is_callback else [],
+        max_epochs=1,
+    )
+    if not is_callback:
+        options: dict[str, Any] = {"attr_name": "lr", "update_attr": False, "num_training": 3}
+        if finder == "scale_batch_size":
+            options = {"steps_per_trial": 1, "init_val": 2, "max_trials": 1}
+        getattr(Tuner(trainer), finder)(module, **options)
+    starts: list[dict[str, torch.Tensor]] = []
+
+    class See(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step == 0:
+                state = adapter_state_dict(pl_module)
+                starts.append({name: tensor.clone() for name, tensor in state.items()})
+
+    trainer.callbacks.append(See())
+    trainer.fit(module)
+    found = starts[-1]
+    if start == "init_from":
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    else:
+        for name, A in found.items():
+            if name.endswith("lora.A"):
+                torch.testing.assert_close(A @ A.t(), torch.eye(len(A)), rtol=1e-4, atol=1e-4)
 
 
 def test_a_folder_that_peft_wrote_is_a_start(tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ def initialize_from_inputs(
         found = agree(found)
     with torch.no_grad():
         _write(targets, modules, found)
+    record.from_inputs = True
 
 
 def components_of_inputs(

@@ -223,6 +223,15 @@ def test_manual_optimization_and_sharding_are_refused(tmp_path: Path) -> None:
     manual.automatic_optimization = False
     with pytest.raises(ConfigError, match="optimizes manually"):
         make_trainer(tmp_path, make_lora(init="eva")).fit(manual)
+    # As the message says.
+    before = PlainClassifier()
+    inject_lora(before, make_lora(init="eva").config)
+    initialize_from_inputs(before, [dataset()[:][0]], before)
+    start = factors(before)
+    before.training_step = lambda batch, batch_idx: None  # type: ignore[method-assign, assignment]
+    before.automatic_optimization = False
+    make_trainer(tmp_path / "manual", make_lora(init="eva"), max_epochs=1).fit(before)
+    assert_same(start, factors(before))
     trainer = make_trainer(tmp_path, make_lora(init="eva"), strategy="fsdp2")
     with pytest.raises(ConfigError, match="this strategy shards it"):
         trainer.fit(PlainClassifier())

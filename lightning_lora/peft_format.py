@@ -45,6 +45,7 @@ _UNSUPPORTED = (
     "kasa_config",
     "monteclora_config",
     "use_bdlora",
+    "use_qalora",
     "velora_config",
 )
 # Initialisations that PEFT repeats on the base whenever it loads; PiSSA and OLoRA are the same

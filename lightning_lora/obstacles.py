@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -46,8 +47,10 @@ def _obstacle(
         return why
     if (obstacle := adapted.obstacle(module, dropout)) is not None:
         return obstacle
-    if any(p is not None and p.is_complex() for p in module._parameters.values()):
-        return "its weight is complex, and factors are real"
+    if (dtype := _strange_dtype(module)) is not None:
+        return (
+            f"its weight is in {dtype}, which factors cannot be added to; load it in another dtype"
+        )
     if use_dora and not adapted.supports_dora:
         return (
             f"DoRA is not available for {type(module).__name__}, whose forward takes no magnitude; "
@@ -81,6 +84,23 @@ def _obstacle(
             "instance), which would bypass LoRA; load the model without device_map"
         )
     return None
+
+
+def _strange_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype of a parameter that is complex, or of fewer bits than products are computed in."""
+    for parameter in module._parameters.values():
+        if parameter is not None and is_unsuited(parameter.dtype):
+            return parameter.dtype
+    return None
+
+
+def is_unsuited(dtype: torch.dtype) -> bool:
+    """Whether weights of a dtype take no update: complex ones, and floats of 8 bits.
+
+    >>> is_unsuited(torch.complex64), is_unsuited(torch.float8_e4m3fn), is_unsuited(torch.float16)
+    (True, True, False)
+    """
+    return dtype.is_complex or (dtype.is_floating_point and dtype.itemsize < 2)
 
 
 def attention_around(name: str, modules: dict[str, nn.Module]) -> str | None:

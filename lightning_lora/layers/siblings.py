@@ -63,13 +63,16 @@ class Siblings:
             # An optimizer may have made a step since, or a backward pass have freed the node.
             if versions == _versions(layer) and not getattr(out.grad_fn, "done", False):
                 return out
-        if layer not in self.groups or not self._may_join():
+        # Of an input that comes from nowhere each layer may have a backward pass of its own.
+        if x.grad_fn is None or layer not in self.groups or not self._may_join():
             return None
         self._clear()
         group = self.groups[layer]
         if not all(_is_plain(each, x) for each in group):
             return None
-        if _is_recomputation() and any(each.lora.training and each.lora.dropout for each in group):
+        if _is_reentrant_recomputation() and any(
+            each.lora.training and each.lora.dropout for each in group
+        ):
             return None
         projections = [_projection(each) for each in group]
         out, *others = lora_linears(x, projections)
@@ -94,6 +97,9 @@ class Siblings:
         """
         if self.alone is None:
             return True
+        if _is_in_backward() and _hooks() is not None:
+            # A backward pass that retains its graph may be followed by another.
+            return False
         self.alone = [ref for ref in self.alone if not getattr(ref(), "done", ref() is None)]
         if self.alone:
             return False
@@ -218,16 +224,24 @@ def _versions(layer: Any) -> tuple[Any, ...]:
 def _circumstances(x: Tensor) -> tuple[Any, ...]:
     # A checkpointed part must save the same tensors when it is computed again in the backward pass:
     # it takes nothing that was computed outside it, or in another pass.
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = _hooks()
     region = None if hooks is None else weakref.ref(hooks[0])
     task = torch._C._current_graph_task_id()
     return x._version, x.requires_grad, compute_dtype(x), torch.is_grad_enabled(), task, region
 
 
-def _is_recomputation() -> bool:
+def _is_reentrant_recomputation() -> bool:
     """Whether a reentrant checkpoint computes its part again.
 
     Its forward pass ran without gradients, and so each layer drew its dropout when it was called.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return torch._C._current_graph_task_id() != -1 and hooks is None
+    return _is_in_backward() and _hooks() is None
+
+
+def _is_in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _hooks() -> Any:
+    """What stands in for saving tensors at the moment: checkpoints that are not reentrant do."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)

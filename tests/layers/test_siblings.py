@@ -59,8 +59,14 @@ def apart(model: Net) -> Net:
     return model
 
 
+def leaf() -> Tensor:
+    x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(3))
+    return x.requires_grad_()
+
+
 def inputs() -> Tensor:
-    return torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(3))
+    """What other layers may have made: there is a graph behind it."""
+    return leaf() * 1
 
 
 def grads(model: nn.Module, x: Tensor, passes: int = 1) -> dict[str, Tensor]:
@@ -68,7 +74,7 @@ def grads(model: nn.Module, x: Tensor, passes: int = 1) -> dict[str, Tensor]:
     for _ in range(passes):
         model.zero_grad()
         x = x.detach().requires_grad_()
-        out = model(x)
+        out = model(x * 1)
         (out * torch.linspace(-1, 2, out.numel()).reshape(out.shape)).sum().backward()
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return {**found, "x": x.grad, "out": out.detach()}  # type: ignore[dict-item]
@@ -116,7 +122,7 @@ def test_a_part_of_the_layers_is_adapted(joined: list[int]) -> None:
 
 def test_another_input_for_some_of_them(joined: list[int]) -> None:
     model = adapted().blocks[0]
-    memory = torch.randn(2, 5, 12)
+    memory = 2 * inputs()
     expected = [apart(model)(inputs(), each) for each in (None, memory)]  # type: ignore[arg-type]
     for _ in range(3):
         torch.testing.assert_close(model(inputs(), memory), expected[1])
@@ -259,7 +265,7 @@ def test_a_backward_pass_for_each_layer() -> None:
     expected = {n: g for n, g in grads(model, inputs()).items() if ".lora." in n}
     for _ in range(3):
         model.zero_grad()
-        x = inputs()
+        x = inputs().detach()
         weights = torch.linspace(-1, 2, 2 * 120).reshape(2, 5, 24).split(12, -1)
         for name, own in zip(("fc1", "fc2"), weights, strict=True):
             (model.branch(name, x) * own).sum().backward()
@@ -267,11 +273,27 @@ def test_a_backward_pass_for_each_layer() -> None:
         assert_same(found, expected)
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_a_backward_pass_for_each_layer_after_both_have_run(first: bool) -> None:
+    model = Branches()
+    for _ in range(3):
+        model.zero_grad()
+        x = leaf().detach().requires_grad_(first)
+        outs = [model.branch(name, x) for name in ("fc1", "fc2")]
+        for out in outs:
+            out.square().sum().backward()
+        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model(leaf().detach()).square().sum().backward()
+    expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert_same(found, expected)
+
+
 def test_an_input_that_requires_a_gradient_from_the_second_layer_on() -> None:
     model = Branches()
     for _ in range(2):
         model(inputs()).sum().backward()
-    x = inputs()
+    x = inputs().detach()
     model.fc1(x)
     model.fc2(x.requires_grad_()).sum().backward()
     assert x.grad is not None and x.grad.any()
@@ -283,14 +305,14 @@ def test_reentrant_checkpoints_draw_the_same_dropout_again() -> None:
         layer.lora.dropout = 0.5  # type: ignore[union-attr]
 
     def forward(x: Tensor) -> Tensor:
+        x = x * 1
         out: Tensor = model.drop(model.fc1(x)) * model.drop(model.fc2(x))
         seen.append(out.detach())
         return out
 
     for _ in range(3):
         seen.clear()
-        x = inputs().requires_grad_()
-        out: Any = checkpoint(forward, x, use_reentrant=True)
+        out: Any = checkpoint(forward, inputs(), use_reentrant=True)
         out.square().mean().backward()
         torch.testing.assert_close(*seen)
         forward(inputs()).sum().backward()
@@ -365,11 +387,11 @@ def test_checkpointed_layers_that_are_called_in_another_order(reentrant: bool) -
         found: list[dict[str, Any]] = []
         for checkpointed in (True, False):
             model.zero_grad()
-            x = inputs().requires_grad_()
+            x = leaf()
             if checkpointed:
-                out = checkpoint(forward, order, x, use_reentrant=reentrant)
+                out = checkpoint(forward, order, x * 1, use_reentrant=reentrant)
             else:
-                out = forward(order, x)
+                out = forward(order, x * 1)
             out.sum().backward()
             found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
             found[-1]["x"] = x.grad

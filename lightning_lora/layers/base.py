@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copyreg
+import dis
 import importlib
+import itertools
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
@@ -270,7 +272,15 @@ def only_calls_super(forward: Any) -> bool:
     if code is None or "__class__" not in code.co_freevars:
         return False
     names = {*code.co_names}
-    return {"super", "forward"} <= names and not {"F", "functional", "embedding"} & names
+    if not {"super", "forward"} <= names or {"F", "functional", "embedding"} & names:
+        return False
+    # To cast to the dtype of the weight is no use of it.
+    steps = [step for step in dis.get_instructions(code) if step.opname != "CACHE"]
+    return all(
+        after.argval in ("dtype", "device", "shape")
+        for step, after in itertools.pairwise(steps)
+        if step.argval == "weight"
+    )
 
 
 class _Derived(LoRALayer):

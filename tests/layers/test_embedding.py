@@ -43,6 +43,20 @@ class OfItsOwn(nn.Embedding):
         return super().forward(input) if self.training else F.embedding(input, self.weight)
 
 
+class Centred(nn.Embedding):
+    """A user's subclass that computes with the table beside the lookup."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) - self.weight.mean(0)
+
+
+class Cast(nn.Embedding):
+    """As Gemma's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * torch.tensor(2.0).to(self.weight.dtype)
+
+
 def pair(
     kind: type[nn.Embedding] = nn.Embedding, dtype: torch.dtype = torch.float32, **options: Any
 ) -> tuple[nn.Embedding, Any]:
@@ -147,7 +161,8 @@ def test_a_forward_around_the_lookup_is_kept() -> None:
     shake(layer)
     W = plain.weight + layer.delta_weight()
     torch.testing.assert_close(layer(IDS - 1, offset=1), 4 * F.embedding(IDS, W))
-    assert adapted_class(OfItsOwn) is None
+    assert adapted_class(OfItsOwn) is None and adapted_class(Centred) is None
+    assert adapted_class(Cast) is not None
 
 
 def test_presets_leave_tables_alone_and_whole_training_wins() -> None:

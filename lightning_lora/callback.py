@@ -44,7 +44,7 @@ from lightning_lora.injection import (
 from lightning_lora.plan import Plan
 from lightning_lora.quantized_merging import MergeReport, merging_into
 from lightning_lora.resume import ExactResume
-from lightning_lora.starting import starting_state
+from lightning_lora.starting import resumes, starting_state
 from lightning_lora.strategies import Replicated
 
 
@@ -207,7 +207,6 @@ class LoRACallback(Callback):
         self._trainer: Trainer | None = None
         self._fitted = False
         self._gradients_seen = False
-        self._resumes = False
         self._stays_merged = False
 
     @override
@@ -244,7 +243,7 @@ class LoRACallback(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_modes(pl_module, self.config.dropout)
-        if self.config.init == "eva" and self.config.r and not self._resumes:
+        if self.config.init == "eva" and self.config.r and not resumes(trainer):
             batches, sharded = self.init_batches, self._sharding.is_sharded
             initialize_from_first_batches(trainer, pl_module, batches, sharded)
             average_from(trainer, pl_module)
@@ -351,15 +350,12 @@ class LoRACallback(Callback):
             freeze(model, self.plan)
 
     def _start(self, model: LightningModule) -> None:
-        """Load what the fit starts from, before a finder of learning rates runs a fit of its own
-        and leaves its checkpoint as the Trainer's.
-        """
+        """Load what the fit starts from, before a finder runs a fit of its own."""
         assert self._trainer is not None
         if self._trainer.state.fn != TrainerFn.FITTING:
             return
-        self._resumes = self._trainer.ckpt_path is not None
         record = require_injection(model)
-        if self.init_from is not None and record.fresh and not self._resumes:
+        if self.init_from is not None and record.fresh and not resumes(self._trainer):
             state = starting_state(model, self.init_from)
             self._sharding.load_state(model, state, self.init_from)
             average_from(self._trainer, model)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from lightning_lora.errors import CheckpointError
@@ -17,6 +18,17 @@ from lightning_lora.peft_ties import shared_names, without_copies
 from lightning_lora.start import keeps_start
 from lightning_lora.state import audit_state, trained_shapes
 from lightning_lora.stored import StoredAdapter, read_stored_adapter
+
+_OF_FINDERS = (".lr_find_", ".scale_batch_size_")
+
+
+def resumes(trainer: Trainer) -> bool:
+    """Whether a fit goes on from a checkpoint.
+
+    With strategies that shard a Trainer knows once they are set up. Finders of learning rates and batch sizes leave theirs behind, which are no longer there.
+    """
+    path = trainer.ckpt_path
+    return path is not None and not Path(str(path)).name.startswith(_OF_FINDERS)
 
 
 def starting_state(model: nn.Module, path: str | Path) -> dict[str, Tensor]:

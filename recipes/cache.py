@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.errors import DataError
+from lightning_lora.errors import CheckpointError, DataError
 from lightning_lora.files import replacing_directory
 
 CACHE_VARIABLE = "LIGHTNING_LORA_CACHE"
@@ -111,10 +111,11 @@ def cached_rows(
                 if not (folder / _ROWS).exists():
                     with replacing_directory(folder) as fresh:
                         _write(fresh / _ROWS, build)
-    except OSError as error:
+    except (OSError, CheckpointError) as error:
+        cause = error.__cause__ if isinstance(error, CheckpointError) else error
         raise DataError(
-            f"Prepared data cannot be kept in {root}: {error.strerror or error}. Make room or "
-            f"choose another folder with data.cache_dir or ${CACHE_VARIABLE}."
+            f"Prepared data cannot be kept in {root}: {getattr(cause, 'strerror', None) or cause}. "
+            f"Make room or choose another folder with data.cache_dir or ${CACHE_VARIABLE}."
         ) from error
     return datasets.Dataset.from_file(str(folder / _ROWS))
 

@@ -25,7 +25,8 @@ _OF_FINDERS = (".lr_find_", ".scale_batch_size_")
 def resumes(trainer: Trainer) -> bool:
     """Whether a fit goes on from a checkpoint.
 
-    With strategies that shard a Trainer knows once they are set up. Finders of learning rates and batch sizes leave theirs behind, which are no longer there.
+    Where the strategy shards, a Trainer knows only after the strategy's setup. Finders of learning
+    rates and batch sizes leave theirs behind, which are no longer there.
     """
     path = trainer.ckpt_path
     return path is not None and not Path(str(path)).name.startswith(_OF_FINDERS)

@@ -211,7 +211,7 @@ def _factors(
         kind, scaling = target.get("kind"), target["scaling"]
         if target.get("slices"):
             slices = Slices(**target["slices"])
-            for part, (down, up) in _parts(slices, A, B).items():
+            for part, (down, up) in slices.blocks(A, B).items():
                 own = slices.widths is not None
                 weight = f"{name}.{part}_proj_weight" if own else f"{name}.weight"
                 if kind == "MultiheadAttention" and not own:
@@ -227,15 +227,6 @@ def _factors(
 
 def _is_transposed(kind: str | None) -> bool | None:
     return None if kind is None else kind.endswith(_TRANSPOSED)
-
-
-def _parts(slices: Slices, A: Tensor, B: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    if slices.widths is not None:
-        return slices.blocks(A, B)
-    sizes = dict(slices.parts)
-    rows = [slices.groups * sizes[name] for name in slices.adapted]
-    pairs = zip(A.chunk(len(slices.adapted)), B.split(rows), strict=True)
-    return dict(zip(slices.adapted, pairs, strict=True))
 
 
 def _obstacle(A: Tensor | None, B: Tensor | None, target: Mapping[str, Any]) -> str | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_lora.analysis import decompose_product
+from lightning_lora.analysis import Decomposition, decompose, decompose_product
 from lightning_lora.slices import Slices
 from lightning_lora.task_arithmetic import combine
 
@@ -77,25 +77,20 @@ def combined_factors(
         A, B = torch.cat(stacked, dim=1).flatten(0, 1), torch.cat([s.B for s in shares], dim=1)
         if not how.svd:
             return A, B
-        pairs = [
-            _best_of_product(down, up, _rank(shares, how)) for down, up in _parts(A, B, slices)
+        products = [
+            decompose_product(down.flatten(1), up.flatten(1)) for down, up in _parts(A, B, slices)
         ]
-        return _joined(pairs, A, B, slices)
+        return _best(products, how.rank, shares, slices)
     each = [list(_parts(share.A, share.B, slices)) for share in shares]
-    pairs = []
+    totals = []
     for own in zip(*each, strict=True):
         updates = [
             share.scaling * up.flatten(1) @ down.flatten(1)
             for share, (down, up) in zip(shares, own, strict=True)
         ]
         weights = [share.weight for share in shares]
-        total = combine(how.kind, updates, weights, how.density, how.sign)
-        pairs.append(_best_of(total, _rank(shares, how)))
-    return _joined(pairs, shares[0].A, shares[0].B, slices)
-
-
-def _rank(shares: Sequence[Share], how: Combination) -> int:
-    return how.rank or max(share.r for share in shares)
+        totals.append(decompose(combine(how.kind, updates, weights, how.density, how.sign)))
+    return _best(totals, how.rank, shares, slices)
 
 
 def _by_part(A: Tensor, share: Share, slices: Slices | None) -> Tensor:
@@ -111,40 +106,29 @@ def _parts(A: Tensor, B: Tensor, slices: Slices | None) -> Iterator[tuple[Tensor
     if slices is None:
         count = A.shape[0] // B.shape[1]
         yield from zip(A.chunk(count), B.chunk(count), strict=True)
-    elif slices.widths is not None:
-        yield from slices.blocks(A, B).values()
     else:
-        sizes = dict(slices.parts)
-        rows = [slices.groups * sizes[name] for name in slices.adapted]
-        yield from zip(A.chunk(len(rows)), B.split(rows), strict=True)
+        yield from slices.blocks(A, B).values()
 
 
-def _joined(
-    pairs: Sequence[tuple[Tensor, Tensor]], A: Tensor, B: Tensor, slices: Slices | None
+def _best(
+    parts: Sequence[Decomposition], rank: int | None, shares: Sequence[Share], slices: Slices | None
 ) -> tuple[Tensor, Tensor]:
-    """The factors of the parts in the form and dtype of other factors of the layer."""
+    """Factors of the best approximation of each part, in the form and dtype of the shares'."""
+    r = rank or max(share.r for share in shares)
+    A, B = shares[0].A, shares[0].B
     beside = slices is not None and slices.widths is not None
-    down = torch.cat([down for down, _ in pairs], dim=1 if beside else 0)
-    up = torch.cat([up for _, up in pairs])
+    pairs = [_padded(part.top(r), r) for part in parts]
+    down = torch.cat([down for down, _ in pairs], dim=1 if beside else 0).to(A.dtype)
+    up = torch.cat([up for _, up in pairs]).to(B.dtype)
     return (
-        down.to(A.dtype) if beside else down.to(A.dtype).reshape(-1, *A.shape[1:]),
-        up.to(B.dtype).reshape(B.shape[0], up.shape[1], *B.shape[2:]),
+        down if beside else down.reshape(-1, *A.shape[1:]),
+        up.reshape(B.shape[0], r, *B.shape[2:]),
     )
 
 
-def _best_of_product(A: Tensor, B: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    found = decompose_product(A.flatten(1), B.flatten(1)).top(r)
-    return _padded(found.U, found.S, found.V.t(), r)
-
-
-def _best_of(matrix: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    U, S, Vh = torch.linalg.svd(matrix.float(), full_matrices=False)
-    return _padded(U[:, :r], S[:r], Vh[:r], r)
-
-
-def _padded(U: Tensor, S: Tensor, Vh: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    down, up = Vh.new_zeros(r, Vh.shape[1]), U.new_zeros(U.shape[0], r)
-    kept = len(S)
+def _padded(found: Decomposition, r: int) -> tuple[Tensor, Tensor]:
+    down, up = found.V.new_zeros(r, len(found.V)), found.U.new_zeros(len(found.U), r)
+    kept = len(found.S)
     # As in PEFT the singular values are all in B.
-    down[:kept], up[:, :kept] = Vh, U * S
+    down[:kept], up[:, :kept] = found.V.t(), found.U * found.S
     return down, up

@@ -207,6 +207,8 @@ def alike(model: nn.Module, first: LoRAConfig, second: LoRAConfig) -> bool:
         first: Settings.
         second: Others.
     """
+    if first == second:
+        return True
     modules = modules_by_name(model)
 
     def plain(config: LoRAConfig) -> LoRAConfig:
@@ -215,7 +217,7 @@ def alike(model: nn.Module, first: LoRAConfig, second: LoRAConfig) -> bool:
             found = list(saved_modules(modules, config))
         return replace(config, modules_to_save=found or None)
 
-    return first == second or plain(first) == plain(second)
+    return plain(first) == plain(second)
 
 
 def injection_of(model: nn.Module) -> Injection | None:

@@ -68,20 +68,18 @@ def preset_layers(
     return chosen, skipped
 
 
-def refuse_latent(modules: Iterable[str], excluded: Iterable[str]) -> None:
+def refuse_latent(names: Iterable[str]) -> None:
     """Multi-head latent attention has no W_v of its own to adapt beside W_q.
 
     Args:
-        modules: Names of the model's modules.
-        excluded: Names of those that are left out.
+        names: Names of the model's modules that are not left out.
 
     Raises:
         TargetError: Names the layer that holds W_v, and what to adapt instead.
     """
-    left_out = set(excluded)
-    for name in modules:
+    for name in names:
         attention, _, leaf = name.rpartition(".")
-        if leaf == "kv_b_proj" and name not in left_out:
+        if leaf == "kv_b_proj":
             raise TargetError(
                 f"target_modules='qv': {attention!r} keeps W_k and W_v together in {name!r}, "
                 "behind a projection to a latent, so that W_q would be adapted without a "

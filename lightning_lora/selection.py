@@ -43,7 +43,7 @@ def select_layers(
     if wanted in PRESETS:
         preset = str(wanted)
         if preset == "qv":
-            refuse_latent(modules, [name for name in modules if is_excluded(name, config)])
+            refuse_latent(name for name in modules if not is_excluded(name, config))
         chosen, skipped = preset_layers(preset, modules, obstacles, slices)
         matches.append(("target_modules", preset, len(chosen)))
     else:

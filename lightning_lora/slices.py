@@ -67,11 +67,15 @@ class Slices:
         return [width for (name, _), width in widths if name in self.adapted]
 
     def blocks(self, A: Tensor, B: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """A ``(r, width)`` and B ``(rows, r)`` of each adapted part that has inputs of its own."""
-        columns, sizes = self.adapted_widths(), dict(self.parts)
-        assert columns is not None
-        pairs = zip(A.split(columns, 1), B.split([sizes[n] for n in self.adapted]), strict=True)
-        return dict(zip(self.adapted, pairs, strict=True))
+        """A ``(r, width)`` and B ``(rows, r)`` of each adapted part."""
+        columns = self.adapted_widths()
+        downs = A.chunk(len(self.adapted)) if columns is None else A.split(columns, 1)
+        return dict(zip(self.adapted, zip(downs, self._rows(B), strict=True), strict=True))
+
+    def _rows(self, B: Tensor) -> Sequence[Tensor]:
+        """The rows of B that belong to each adapted part."""
+        sizes = dict(self.parts)
+        return B.split([self.groups * sizes[name] for name in self.adapted])
 
     def spread(self, B: Tensor) -> Tensor:
         """The B for the whole projection: ``spread(B) @ A`` is the update, zero in other rows.
@@ -84,10 +88,7 @@ class Slices:
             to ``(j + 1) * r`` hold its factor, and all else is zero. Differentiable in B.
         """
         k, r = len(self.adapted), B.shape[1]
-        sizes = dict(self.parts)
-        factors = dict(
-            zip(self.adapted, B.split([self.groups * sizes[n] for n in self.adapted]), strict=True)
-        )
+        factors = dict(zip(self.adapted, self._rows(B), strict=True))
         blocks = []
         for name, rows in self.parts:
             if name in factors:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import CheckpointError
 from lightning_lora.injection import require_injection
-from lightning_lora.matching import key_matches
+from lightning_lora.matching import value_for
 from lightning_lora.metadata import METADATA_KEY, audit_metadata
 from lightning_lora.names import corresponding, listed, persistent_buffers
 from lightning_lora.peft_ties import shared_names, without_copies
@@ -94,8 +94,8 @@ def _compare(
             continue
         name = names.get(key, key).removesuffix(".lora.A")
         layers.append(name)
-        r = _of(theirs.rank_pattern, layer, theirs.r)
-        alpha = _of(theirs.alpha_pattern, layer, theirs.alpha)
+        r = value_for(theirs.rank_pattern, layer, theirs.r)
+        alpha = value_for(theirs.alpha_pattern, layer, theirs.alpha)
         if name in ours:
             pairs = (("r", r, ours[name].r), ("alpha", alpha, ours[name].alpha))
             differences |= {f"{k}: {a} in the adapter, {b} now" for k, a, b in pairs if a != b}
@@ -117,8 +117,3 @@ def _compare(
             + "\n  ".join(sorted(differences))
             + "\n  Set them as they are in the adapter, or leave init_from out."
         )
-
-
-def _of(pattern: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
-    found = (value for key, value in (pattern or {}).items() if key_matches(key, layer))
-    return next(found, default)

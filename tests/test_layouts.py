@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_lora import inject_lora
 from lightning_lora.layouts import known_layout
-from tests.attention import adapted_rows
+from tests.attention import adapted_rows, influence_of, roles
 
 WIDTH = 16
 CLASSES = {
@@ -115,38 +116,19 @@ def run(attention: nn.Module, tokens: int) -> Tensor:
     return out.reshape(-1, WIDTH)
 
 
-def influence(attention: nn.Module, leaf: str, tokens: int) -> Tensor:
-    """Which rows of the projection of the first token what is said of the last one depends on."""
-    seen = []
-
-    def projected(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-        seen.append(out.detach().requires_grad_())
-        return seen[0]
-
-    hook = attention.get_submodule(leaf).register_forward_hook(projected)
-    last = run(attention, tokens)[-1]
-    hook.remove()
-    weights = torch.randn(WIDTH, generator=torch.Generator().manual_seed(0))
-    (grad,) = torch.autograd.grad((last * weights).sum(), seen)
-    return grad.reshape(tokens, -1)[0].abs() > 1e-8
-
-
 @pytest.mark.parametrize("folder", CLASSES)
 def test_the_rows_are_those_of_the_queries_and_the_values(folder: str) -> None:
     attention = build(folder)
     leaf = "c_attn" if folder == "openai" else "qkv"
-    # Over a single token attention is constant, so only values count; and what is said of one
-    # token does not depend on the queries of the others.
-    alone, of_others = influence(attention, leaf, 1), influence(attention, leaf, 4)
-    values, queries = alone, ~of_others
-    assert not (values & queries).any() and bool((values <= of_others).all())
-    assert len(values) - int(values.sum()) - int(queries.sum()) == int(values.sum()) > 4
+    over_one, over_several = (
+        influence_of(attention.get_submodule(leaf), partial(run, attention, tokens))
+        for tokens in (1, 4)
+    )
+    found = roles(over_one, over_several)
+    assert len(found["k"]) == len(found["v"]) > 4
     plan = inject_lora(nn.ModuleDict({"attention": attention}), r=2, alpha=6, target_modules="qv")
     (target,) = plan.targets
-    assert adapted_rows(target) == {
-        "q": queries.nonzero().flatten().tolist(),
-        "v": values.nonzero().flatten().tolist(),
-    }
+    assert adapted_rows(target) == {"q": found["q"], "v": found["v"]}
 
 
 def test_a_class_of_the_same_name_elsewhere_is_not_known() -> None:
